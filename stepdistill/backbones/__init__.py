@@ -1,0 +1,1 @@
+"""How each diffusers network family is called and conditioned, one small file per family."""

@@ -1,0 +1,194 @@
+"""Run configurations: one YAML file plus ``key=value`` overrides, checked whole before anything loads."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from .bundled import bundled
+from .errors import UserError
+from .methods import AnyMethod
+
+C = TypeVar("C", bound="Section")
+
+
+class Section(BaseModel):
+    """Base of every part of a configuration: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Optimizer(Section):
+    """One optimizer per trained role."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: PositiveFloat = 1e-5
+    betas: tuple[float, float] = (0.0, 0.999)
+    """Adam's; SiD uses beta1 = 0, DMD and BOOT 0.9."""
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Training(Section):
+    """How the networks are trained; nothing here changes the loss."""
+
+    batch_size: PositiveInt = 64
+    """Samples per process and micro-batch."""
+    gradient_accumulation: PositiveInt = 1
+    """Micro-batches per turn; each turn is repeated, with fresh noise, before its optimizer steps."""
+    optimizer: Optimizer = Optimizer()
+    role_optimizers: dict[str, Optimizer] = {}
+    """Optimizer of single roles (``fake``, ...) where it differs."""
+    lr_schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
+    """Schedule of diffusers, the same for every role."""
+    lr_warmup_steps: NonNegativeInt = 0
+    max_grad_norm: PositiveFloat | None = None
+    """Global norm that the gradient of a role is clipped to."""
+    ema_halflife_images: PositiveFloat | None = 50_000
+    """Half-life of the student's average in generated images, ramped up as 5 % of the images so far; null is none."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    log_every: PositiveInt = 10
+    preview_every: NonNegativeInt = 0
+    """Steps between preview grids; 0 is none."""
+    preview_samples: PositiveInt = 32
+    checkpoint_every: NonNegativeInt = 1000
+    """Steps between checkpoints; 0 writes one only when the run ends or is interrupted."""
+    checkpoints_kept: PositiveInt = 2
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Names of accelerate trackers; ``metrics.jsonl`` is always written."""
+
+
+class Data(Section):
+    """What the student is asked for; there are no images here."""
+
+    class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | None = None
+    """Labels of a class-conditional teacher: uniform over its classes, or uniform over a list (repeats weigh)."""
+    guidance_scale: float = Field(1.0, ge=0)
+    """Classifier-free guidance of the teacher; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Times between which guidance applies."""
+    null_label: NonNegativeInt | None = None
+    """The label that means "no class"; needed for guidance."""
+
+
+class Evaluate(Section):
+    """The comparison of teacher and student that ends a run."""
+
+    reference: str
+    """Images to compare with: folder, ``.npz`` or ``builtin:digits``."""
+    samples: PositiveInt = 5000
+    batch_size: PositiveInt = 250
+    teacher_steps: tuple[PositiveInt, ...] = (50, 10, 1)
+    """DDIM steps of the teacher's rows."""
+
+
+class Config(Section):
+    """Everything that determines a run."""
+
+    teacher: str
+    """Folder, hub id or ``builtin:digits`` of the frozen teacher pipeline."""
+    output_dir: Path
+    """Folder of the run; the student goes to ``output_dir/student``."""
+    seed: NonNegativeInt = 0
+    steps: PositiveInt
+    """Training steps; one step is every turn of the method once."""
+    resume: bool = False
+    """Continue the run in ``output_dir`` from its newest checkpoint."""
+    method: Annotated[AnyMethod, Field(discriminator="name")]
+    training: Training = Training()
+    data: Data = Data()
+    evaluate: Evaluate | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """The configuration as plain YAML values; loading it again gives the same run."""
+        return self.model_dump(mode="json", exclude={"resume"})
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The bundled recipes by name."""
+    return {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
+
+
+def parse(kind: type[C], source: str, overrides: list[str]) -> C:
+    """Read ``source`` (a file, or the name of a bundled recipe) and apply dotted ``key=value`` overrides.
+
+    Raises:
+        UserError: with every offending key, what it got and what was expected.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = bundled_configs().get(source.removesuffix(".yaml"), path)
+    if not path.is_file():
+        raise UserError(f"no config file {source!r}; bundled recipes are {', '.join(bundled_configs())}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path.name} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path.name} must hold key: value pairs, got {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        count = error.error_count()
+        lines = "\n".join(f"  {line}" for line in _explain(kind, error))
+        raise UserError(f"{path.name}: {count} invalid value{'s' if count > 1 else ''}\n{lines}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must have the form key=value, for example training.batch_size=32")
+    node, (*parents, leaf) = values, key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[leaf] = _scalar(text)
+
+
+def _scalar(text: str) -> Any:  # noqa: ANN401
+    """A YAML value; ``1e-5``, which YAML 1.1 reads as text, is a number here."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(kind: type[Section], error: ValidationError) -> list[str]:
+    """One line per invalid value, with the nearest known key where one is unknown."""
+    known = sorted(_keys(kind))
+    lines = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        leaf = str(item["loc"][-1]) if item["loc"] else ""
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            near = difflib.get_close_matches(leaf, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{location}: unexpected key, got {item['input']!r}{hint}")
+        elif item["type"] in ("missing", "missing_argument"):
+            lines.append(f"{location}: missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ").replace("Input should be ", "must be ")
+            lines.append(f"{location}: {message}, got {item['input']!r}")
+    return lines
+
+
+def _keys(kind: type[Section]) -> set[str]:
+    """Every key name that the configuration knows, at any depth."""
+    schema = kind.model_json_schema()
+    names = set(schema.get("properties", {}))
+    for definition in schema.get("$defs", {}).values():
+        names |= set(definition.get("properties", {}))
+    return names

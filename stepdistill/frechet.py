@@ -1,0 +1,106 @@
+"""Frechet distance between Gaussian fits of features: streaming sums, float64, with error and debiased value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUPS = 10
+"""Groups of the delete-a-group jackknife; sample ``k`` belongs to group ``k % GROUPS``."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean ``(d,)`` and covariance ``(d, d)`` of ``n`` features, float64."""
+
+    n: int
+    mean: Tensor
+    covariance: Tensor
+
+
+class FeatureSums:
+    """Additive float64 sums of features, one set per jackknife group; ranks and shards merge by ``+``."""
+
+    def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros(GROUPS, dtype=torch.int64, device=device)
+        self.sum = torch.zeros(GROUPS, dimension, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(GROUPS, dimension, dimension, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor, first_id: int) -> None:
+        """Add ``(N, d)`` features of the samples ``first_id, first_id + 1, ...``."""
+        features = features.to(self.sum.device, torch.float64)
+        group = (torch.arange(len(features), device=features.device) + first_id) % GROUPS
+        for g in range(GROUPS):
+            mine = features[group == g]
+            self.count[g] += len(mine)
+            self.sum[g] += mine.sum(0)
+            self.outer[g] += mine.T @ mine
+
+    def moments(self, without: int | None = None) -> Moments:
+        """Mean and covariance (ddof 1) of everything, or of everything but one group."""
+        count, total, outer = self.count.sum(), self.sum.sum(0), self.outer.sum(0)
+        if without is not None:
+            count, total, outer = count - self.count[without], total - self.sum[without], outer - self.outer[without]
+        n = int(count)
+        mean = total / n
+        return Moments(n, mean, (outer - n * torch.outer(mean, mean)) / (n - 1))
+
+
+def moments_of(features: Tensor) -> Moments:
+    """Moments of ``(N, d)`` features held in memory."""
+    features = features.double()
+    return Moments(len(features), features.mean(0), torch.cov(features.T))
+
+
+class Reference:
+    """Moments to compare with; the factor ``A A^T = covariance`` is computed once."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        values, vectors = torch.linalg.eigh(moments.covariance)
+        self._half = vectors * values.clamp_min(0).sqrt()
+
+    def distance(self, other: Moments) -> float:
+        """``|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` in float64.
+
+        The trace of the root is the sum of the root eigenvalues of ``A^T S2 A``; eigenvalues below rounding
+        (``e_max d 2.2e-16``) count as zero, which is exact where sqrtm loses 1e-5 on rank-deficient input.
+        """
+        reference = self.moments
+        product = self._half.T @ other.covariance @ self._half
+        values = torch.linalg.eigvalsh((product + product.T) / 2)
+        kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+        root = torch.where(kept, values, 0.0).clamp_min(0).sqrt().sum()
+        shift = (reference.mean - other.mean).square().sum()
+        return (shift + reference.covariance.trace() + other.covariance.trace() - 2 * root).item()
+
+
+@dataclass(frozen=True)
+class FrechetDistance:
+    """A measured distance."""
+
+    value: float
+    """The plain estimate, biased upward by about ``1/n``."""
+    se: float
+    """Standard error by the delete-a-group jackknife."""
+    debiased: float | None
+    """Jackknife-corrected estimate; ``None`` below ``5 d`` samples, where it is not to be trusted."""
+    n: int
+    """Samples measured."""
+
+
+def frechet_distance(sums: FeatureSums, reference: Reference) -> FrechetDistance:
+    """Distance of accumulated features to ``reference``, with error and debiased value."""
+    value = reference.distance(sums.moments())
+    parts = [reference.distance(sums.moments(without=g)) for g in range(GROUPS)]
+    centre = sum(parts) / GROUPS
+    n, dimension = int(sums.count.sum()), sums.sum.shape[1]
+    return FrechetDistance(
+        value=value,
+        se=math.sqrt((GROUPS - 1) / GROUPS * sum((part - centre) ** 2 for part in parts)),
+        debiased=GROUPS * value - (GROUPS - 1) * centre if n >= 5 * dimension else None,
+        n=n,
+    )

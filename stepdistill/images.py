@@ -1,0 +1,102 @@
+"""Images as 8-bit tensors: reading them from a source, and the one rounding rule between [-1, 1] and bytes."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from .errors import UserError
+
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+DIGITS = "builtin:digits"
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """``round((x + 1) * 127.5)`` clipped to bytes; EDM's rule, which loses none of the 256 levels."""
+    return (x.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes to float32 in [-1, 1]; ``to_uint8`` is its inverse."""
+    return images.float() / 127.5 - 1
+
+
+def load_images(source: str | Path) -> Tensor:
+    """All images of ``source`` as uint8 ``(N, C, H, W)``, C = 1 or 3.
+
+    Args:
+        source: a folder (read recursively, in sorted order), an ``.npz`` with ``arr_0`` of uint8 ``(N, H, W)`` or
+            ``(N, H, W, C)``, or ``builtin:digits`` (scikit-learn's 1,797 real 8x8 digits).
+
+    Raises:
+        UserError: nothing readable there, or images of different sizes.
+    """
+    if str(source) == DIGITS:
+        return load_digits()[0]
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix == ".npz" and path.is_file():
+        return _from_npz(path)
+    raise UserError(f"{source} is neither a folder of images, an .npz file nor {DIGITS}")
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's digits: uint8 ``(1797, 1, 8, 8)`` (its 17 grey levels spread over 0..255) and labels ``(1797,)``."""
+    from sklearn.datasets import load_digits as load
+
+    images, labels = load(return_X_y=True)
+    grey = np.rint(np.asarray(images) * (255 / 16)).astype(np.uint8)
+    return torch.from_numpy(grey).reshape(-1, 1, 8, 8), torch.from_numpy(np.asarray(labels)).long()
+
+
+def _from_folder(folder: Path) -> Tensor:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
+    pixels = [_read(file) for file in files]
+    odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
+    if odd is not None:
+        raise UserError(
+            f"images must have one size: {files[0].name} is {_size(pixels[0])} and {files[odd].name} is "
+            f"{_size(pixels[odd])}; resize them first"
+        )
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _read(file: Path) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            grey = image.mode in ("1", "L", "I", "I;16", "F")
+            pixels = np.array(image.convert("L" if grey else "RGB"))
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise UserError(f"cannot read the image {file}: {error}") from None
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _size(image: np.ndarray) -> str:
+    height, width, channels = image.shape
+    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _from_npz(path: Path) -> Tensor:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if "arr_0" not in archive:
+                raise UserError(f"{path} holds {', '.join(archive.files) or 'nothing'}; expected images under arr_0")
+            images = archive["arr_0"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {path}: {error}") from None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise UserError(f"{path}: arr_0 must be uint8 (N, H, W) or (N, H, W, C), got {images.dtype} {images.shape}")
+    images = images[..., None] if images.ndim == 3 else images
+    if images.shape[-1] not in (1, 3):
+        raise UserError(f"{path}: arr_0 must have 1 or 3 channels last, got shape {images.shape}")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

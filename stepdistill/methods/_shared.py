@@ -1,0 +1,93 @@
+"""Equations that several methods use, as free functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..conditions import Cond
+from ..denoiser import Denoiser, Prediction
+from ..process import NoiseProcess, broadcast
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformTimes:
+    """``t ~ U[low, high]`` in the teacher's own time: its table index, Karras' ramp or flow time."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"times need 0 <= low < high <= 1, got low={self.low}, high={self.high}")
+
+    def draw(self, process: NoiseProcess, like: Tensor) -> Tensor:
+        """``(B,)`` times in float64."""
+        return self.low + (self.high - self.low) * _uniform(like)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogNormalTimes:
+    """``ln(sigma / alpha) ~ N(mean, std^2)``: EDM's training law (-1.2, 1.2); SiD-DiT's flow law (0.693, 1.6)."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    def draw(self, process: NoiseProcess, like: Tensor) -> Tensor:
+        """``(B,)`` times in float64, clamped to [0, 1]."""
+        normal = torch.randn(len(like), dtype=torch.float64, device=like.device)
+        return process.time_at_log_snr(-2 * (self.mean + self.std * normal)).clamp(0, 1)
+
+
+TimeLaw = UniformTimes | LogNormalTimes
+
+
+def _uniform(like: Tensor) -> Tensor:
+    return torch.rand(len(like), dtype=torch.float64, device=like.device)
+
+
+def pixel_mean(x: Tensor) -> Tensor:
+    """Mean over all but the batch, ``(B, ...) -> (B,)``."""
+    return x.flatten(1).mean(1)
+
+
+def pixel_sum(x: Tensor) -> Tensor:
+    """Sum over all but the batch, ``(B, ...) -> (B,)``."""
+    return x.flatten(1).sum(1)
+
+
+def regression_weight(denoiser: Denoiser, prediction: Prediction) -> Tensor:
+    """``lambda(t)`` that turns ``|x0_hat - x0|^2`` into the loss the network was trained with, ``(B,)`` float64.
+
+    eps: ``a^2/s^2``; v: the same (the velocity loss times ``snr / (snr + 1)``, as SiD-LSG does); flow:
+    ``(a + s)^2 / s^2``, 1/t^2 for rectified flow; EDM: ``1/s^2 + 1/sigma_data^2``; x0: 1.  The minimiser does
+    not depend on it.
+    """
+    process, t = prediction.process, prediction.t
+    a, s = process.alpha(t), process.sigma(t)
+    match denoiser.target:
+        case "eps" | "v":
+            return (a / s).square()
+        case "flow":
+            return ((a + s) / s).square()
+        case "edm" | "consistency":
+            return (a / s).square() + denoiser.sigma_data**-2
+        case "x0":
+            return torch.ones_like(s)
+
+
+def denoising_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """Denoising score matching on given samples: per-sample sums averaged over the batch, scalar."""
+    x_t = denoiser.process.add_noise(x0, torch.randn_like(x0), t)
+    prediction = denoiser(x_t, t, cond)
+    weight = broadcast(regression_weight(denoiser, prediction), x0)
+    return pixel_sum(weight * (prediction.x0 - x0).square()).mean()

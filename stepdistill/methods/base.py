@@ -1,0 +1,75 @@
+"""What a distillation method is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ..conditions import NO_COND, Cond
+from ..denoiser import Denoiser, Target
+from ..process import NoiseProcess
+from ..samplers import StudentSampler
+
+
+class Batch(NamedTuple):
+    """One data-free batch: noise and conditions, never an image."""
+
+    noise: Tensor
+    """``(B, C, H, W)``, standard normal."""
+    cond: Cond = NO_COND
+
+
+Nets = Mapping[str, Denoiser]
+"""The networks by role: ``teacher`` (frozen), ``student`` and the method's own ``roles``."""
+
+
+class Loss(NamedTuple):
+    """What a turn minimises, and what it wants watched."""
+
+    value: Tensor
+    """Scalar; its gradient moves the learner."""
+    log: dict[str, Tensor]
+    """Detached scalars for the trackers; a NaN among them stops the run under its name."""
+
+
+class Turn(NamedTuple):
+    """Whose weights learn next, and by which loss."""
+
+    role: str
+    loss: Callable[[Nets, Batch], Loss]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A distillation method: its hyper-parameters are its fields, its equations its losses."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
+    paper: ClassVar[str]
+    """Authors, year and arXiv number."""
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Networks trained beside the student; each starts as a copy of the teacher."""
+    targets: ClassVar[tuple[Target, ...]] = ("eps", "v", "x0", "flow", "edm")
+    """Outputs a teacher may have."""
+    two_times: ClassVar[bool] = False
+    """The student is also told a target time."""
+
+    @abstractmethod
+    def turns(self, step: int) -> Iterator[Turn]:
+        """The updates of one training step, in order."""
+
+    @abstractmethod
+    def sampler(self, process: NoiseProcess) -> StudentSampler:
+        """How the student of this method generates under the teacher's ``process``."""
+
+    def check(self, teacher: Denoiser) -> None:
+        """Raise ``ValueError`` where this method cannot learn from ``teacher``."""
+        if teacher.target not in self.targets:
+            raise ValueError(
+                f"{type(self).__name__} needs a teacher that predicts {', '.join(self.targets)}, got "
+                f"{teacher.target!r}"
+                + (" (a consistency function is not a posterior mean)" if teacher.target == "consistency" else "")
+            )

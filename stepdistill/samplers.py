@@ -1,0 +1,198 @@
+"""Samplers: the same arithmetic in training, preview, evaluation and the export test.
+
+Coefficients of a grid are Python numbers computed once in float64, so a loop only launches kernels and never
+waits for the device.  Deterministic solvers work in any process: in ``x / alpha`` against ``sigma / alpha``
+every probability-flow ODE is the same ODE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .conditions import NO_COND, Cond
+from .denoiser import Denoiser, Prediction
+from .process import VE, VP, InputScale, NoiseProcess
+
+Solver = Literal["euler", "heun", "dpmpp_2m"]
+
+
+class SampleNoise:
+    """Standard normal noise that belongs to sample ids: sample ``k`` is the same in any batch and on any rank.
+
+    Sample ``k`` draws from its own CPU generator, ``torch.Generator().manual_seed(seed * 2**32 + k)``, so
+    ``pipe(generator=torch.Generator().manual_seed(k))`` of an exported student repeats sample ``k`` of seed 0.
+
+    Args:
+        ids: ids of the samples of this batch.
+        shape: shape of one sample, ``(C, H, W)``.
+        device: where the noise goes.
+        seed: shifts every id's stream.
+    """
+
+    def __init__(
+        self, ids: Sequence[int], shape: Sequence[int], *, device: torch.device | str = "cpu", seed: int = 0
+    ) -> None:
+        self.generators = [torch.Generator().manual_seed(seed * 2**32 + index) for index in ids]
+        self.shape, self.device = tuple(shape), torch.device(device)
+
+    def __call__(self) -> Tensor:
+        """The next ``(B, *shape)`` float32 noise of every sample."""
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        return noise.to(self.device)
+
+
+def teacher_grid(process: NoiseProcess, steps: int) -> list[float]:
+    """``steps`` decreasing times from pure noise; the step after the last ends at the clean sample.
+
+    DDPM tables use diffusers' ``trailing`` spacing, VE Karras' ramp down to ``sigma_min``, the others a uniform
+    grid in their own time.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if isinstance(process, VP):
+        size = len(process.alphas_cumprod)
+        if steps > size:
+            raise ValueError(f"steps must be at most the {size} entries of the teacher's table, got {steps}")
+        return [(round(size - k * size / steps) - 1) / (size - 1) for k in range(steps)]
+    if isinstance(process, VE):
+        return [1 - k / max(steps - 1, 1) for k in range(steps)]
+    return [1 - k / steps for k in range(steps)]
+
+
+class OdeStep(NamedTuple):
+    """One step of a solver: what the network said, and the state the step arrives at."""
+
+    prediction: Prediction
+    x: Tensor
+
+
+class _Level(NamedTuple):
+    alpha: float
+    sigma: float
+
+
+_CLEAN = _Level(1.0, 0.0)
+
+
+def ode_steps(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Sequence[float],
+    cond: Cond = NO_COND,
+    *,
+    solver: Solver = "euler",
+    end: float | None = None,
+) -> Iterator[OdeStep]:
+    """Integrate the probability-flow ODE from ``x`` along ``times``; ``list(...)`` captures the trajectory.
+
+    Args:
+        denoiser: the network to follow; gradients flow, wrap the loop in ``torch.no_grad()`` to sample.
+        x: state at ``times[0]``, ``(B, ...)``.
+        times: ``K`` decreasing times at which the network is called.
+        cond: condition of the batch.
+        solver: ``euler`` (DDIM, Song et al. 2021), ``heun`` (EDM's algorithm 1 in ``sigma / alpha``, two calls a
+            step but the last) or ``dpmpp_2m`` (DPM-Solver++ 2M, Lu et al. 2022, midpoint form).
+        end: time of the state returned last; ``None`` is the clean sample.
+    """
+    process = denoiser.process
+    levels = [*_levels(process, times), _CLEAN if end is None else _levels(process, [end])[0]]
+    grid = torch.tensor([*times, end or 0.0], dtype=torch.float64, device=x.device)
+    earlier: tuple[Tensor, float] | None = None
+    for k in range(len(times)):
+        now, then = levels[k], levels[k + 1]
+        prediction = denoiser(x, grid[k].expand(len(x)), cond)
+        if solver == "dpmpp_2m":
+            final = k == len(times) - 1 and (end is None or len(times) < 15)
+            x, earlier = _dpmpp_2m(prediction.x0, x, now, then, None if final else earlier)
+        else:
+            x = then.alpha * prediction.x0 + then.sigma * prediction.eps
+            if solver == "heun" and then.sigma > 0 and now.alpha > 0:
+                ahead = denoiser(x, grid[k + 1].expand(len(x)), cond).eps
+                span = then.sigma - then.alpha * now.sigma / now.alpha
+                x = x + 0.5 * span * (ahead - prediction.eps)
+        yield OdeStep(prediction, x)
+
+
+def sample_ode(
+    denoiser: Denoiser,
+    noise: Tensor,
+    steps: int,
+    cond: Cond = NO_COND,
+    *,
+    solver: Solver = "euler",
+) -> Tensor:
+    """``(B, ...)`` samples of a teacher from standard normal ``noise`` in ``steps`` steps of ``solver``."""
+    x = denoiser.process.prior_scale * noise
+    for step in ode_steps(denoiser, x, teacher_grid(denoiser.process, steps), cond, solver=solver):
+        x = step.x
+    return x
+
+
+def _levels(process: NoiseProcess, times: Sequence[float]) -> list[_Level]:
+    t = torch.tensor(times, dtype=torch.float64)
+    return [_Level(a, s) for a, s in zip(process.alpha(t).tolist(), process.sigma(t).tolist(), strict=True)]
+
+
+def _dpmpp_2m(
+    x0: Tensor, x: Tensor, now: _Level, then: _Level, earlier: tuple[Tensor, float] | None
+) -> tuple[Tensor, tuple[Tensor, float]]:
+    """One step in half log-SNR ``l = ln(alpha / sigma)``: the state at ``then``, and what the next step needs."""
+    if then.sigma == 0:
+        return x0, (x0, math.inf)
+    h = math.log(then.alpha / then.sigma) - math.log(max(now.alpha, 1e-30) / now.sigma)
+    direction = x0
+    if earlier is not None:
+        before, h_before = earlier
+        direction = x0 + 0.5 * (h / h_before) * (x0 - before)
+    return (then.sigma / now.sigma) * x - then.alpha * math.expm1(-h) * direction, (x0, h)
+
+
+def sample_flow_map(
+    jump: Callable[[Tensor, Tensor, Tensor, Cond], Tensor], x: Tensor, times: Sequence[float], cond: Cond = NO_COND
+) -> Tensor:
+    """Deterministic jumps ``x_s = jump(x_t, t, s, cond)`` of a two-time flow map along decreasing ``times``."""
+    grid = torch.tensor(times, dtype=torch.float64, device=x.device)
+    for k in range(len(times) - 1):
+        x = jump(x, grid[k].expand(len(x)), grid[k + 1].expand(len(x)), cond)
+    return x
+
+
+@dataclass(frozen=True)
+class StudentSampler:
+    """How a student turns noise into samples: ``x0`` at the first level, then re-noise and predict again.
+
+    One level is a one-step generator.  Stored beside every student, and what its exported pipeline must equal.
+    """
+
+    times: tuple[float, ...]
+    """Decreasing times of the network calls."""
+    input: InputScale = "sigma"
+    """What the first call is fed."""
+    target_time: float | None = None
+    """The constant target time told to a network with two times."""
+
+    def cond(self, process: NoiseProcess, cond: Cond, like: Tensor) -> Cond:
+        """``cond`` and, for a network with two times, the label of the target time."""
+        if self.target_time is None:
+            return cond
+        return {**cond, "target_label": process.label(like.new_full((len(like),), self.target_time))}
+
+    def __call__(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, renoise: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """``(B, ...)`` samples from standard normal ``noise``; later levels take fresh noise from ``renoise``."""
+        grid = torch.tensor(self.times, dtype=torch.float64).to(noise.device)
+        cond = self.cond(denoiser.process, cond, noise)
+        t = grid[0].expand(len(noise))
+        x0 = denoiser(denoiser.process.student_input(noise, t, self.input), t, cond).x0
+        for level in grid[1:]:
+            t = level.expand(len(noise))
+            fresh = torch.randn_like(noise) if renoise is None else renoise()
+            x0 = denoiser(denoiser.process.add_noise(x0, fresh, t), t, cond).x0
+        return x0
