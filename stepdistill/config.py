@@ -84,6 +84,8 @@ class Evaluate(Section):
     """Images to compare with: folder, ``.npz`` or ``builtin:digits``."""
     samples: PositiveInt = 5000
     batch_size: PositiveInt = 250
+    curve_samples: NonNegativeInt = 1000
+    """Samples of the distance measured at every preview; 0 is none."""
     teacher_steps: tuple[PositiveInt, ...] = (50, 10, 1)
     """DDIM steps of the teacher's rows."""
 

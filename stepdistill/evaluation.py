@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,9 @@ from torch import Tensor
 from .features import DigitsExtractor
 from .frechet import FeatureSums, FrechetDistance, Moments, Reference, frechet_distance
 from .images import load_images, to_uint8
-from .samplers import SampleNoise
 
-Generate = Callable[[Tensor, SampleNoise], Tensor]
-"""``(first noise (B, C, H, W), source of more) -> images (B, C, H, W)`` in [-1, 1]."""
+Generate = Callable[[range], Tensor]
+"""The samples of the given ids, ``(B, C, H, W)`` in [-1, 1]; sample ``k`` is the same in any batch."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measurement:
     class_shares: tuple[float, ...]
     """Share of the samples that the bundled classifier takes for each digit."""
     images_per_second: float
-    """Generation alone, without features."""
+    """Of the median batch, noise to 8-bit images on the CPU, features excluded: a slow first batch has no say."""
 
 
 class Evaluator:
@@ -45,35 +45,31 @@ class Evaluator:
 
     def moments(self, images: Tensor) -> Moments:
         """Feature moments of uint8 ``(N, C, H, W)`` images."""
+        return self._sums(images).moments()
+
+    def distance(self, images: Tensor) -> FrechetDistance:
+        """Distance of uint8 ``(N, C, H, W)`` images to the reference."""
+        return frechet_distance(self._sums(images), self.reference)
+
+    def _sums(self, images: Tensor) -> FeatureSums:
         sums = FeatureSums(self.extractor.dimension)
         for start in range(0, len(images), 1000):
             sums.add(self.extractor(images[start : start + 1000]), start)
-        return sums.moments()
+        return sums
 
     @torch.no_grad()
     def measure(
-        self,
-        label: str,
-        network_calls: int,
-        generate: Generate,
-        shape: tuple[int, ...],
-        *,
-        samples: int,
-        batch_size: int,
-        device: torch.device | str = "cpu",
-        on_batch: Callable[[int], object] = lambda _: None,
+        self, label: str, network_calls: int, generate: Generate, *, samples: int, batch_size: int
     ) -> Measurement:
         """Generate samples ``0 .. samples - 1`` in batches and score them as 8-bit images."""
-        sums, digits, seconds = FeatureSums(self.extractor.dimension), [], 0.0
+        sums, digits, speeds = FeatureSums(self.extractor.dimension), [], []
         for start in range(0, samples, batch_size):
             ids = range(start, min(start + batch_size, samples))
-            noise = SampleNoise(ids, shape, device=device)
-            began = time.monotonic()
-            images = to_uint8(generate(noise(), noise)).cpu()
-            seconds += time.monotonic() - began
+            began = time.perf_counter()
+            images = to_uint8(generate(ids)).cpu()
+            speeds.append(len(ids) / (time.perf_counter() - began))
             sums.add(self.extractor(images), start)
-            digits.append(self.extractor.classify(images))
-            on_batch(len(ids))
-        shares = torch.bincount(torch.cat(digits).cpu(), minlength=10) / samples
+            digits.append(self.extractor.classify(images).cpu())
+        shares = torch.bincount(torch.cat(digits), minlength=10) / samples
         distance = frechet_distance(sums, self.reference)
-        return Measurement(label, network_calls, distance, tuple(shares.tolist()), samples / seconds)
+        return Measurement(label, network_calls, distance, tuple(shares.tolist()), statistics.median(speeds))

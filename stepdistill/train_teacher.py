@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ from .errors import UserError
 from .evaluation import Evaluator
 from .images import load_images, to_float
 from .methods._shared import UniformTimes, denoising_loss
-from .samplers import sample_ode
+from .samplers import SampleNoise, sample_ode
 from .schedulers import read_scheduler
 
 
@@ -98,15 +99,14 @@ def _measure(config: TeacherConfig, teacher: Denoiser) -> dict[str, Any]:
     evaluator, images = Evaluator(config.images), load_images(config.images)
     half = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[: len(images) // 2]]
     distances = {"metric": evaluator.extractor.name, "real half": evaluator.reference.distance(evaluator.moments(half))}
+    device = next(teacher.network.parameters()).device
     for steps in config.evaluate_steps:
+
+        def generate(ids: range, steps: int = steps) -> Tensor:
+            return sample_ode(teacher, SampleNoise(ids, images.shape[1:], device=device)(), steps)
+
         measured = evaluator.measure(
-            f"{steps} steps",
-            steps,
-            lambda noise, _, steps=steps: sample_ode(teacher, noise, steps),
-            tuple(images.shape[1:]),
-            samples=config.evaluate_samples,
-            batch_size=250,
-            device=next(teacher.network.parameters()).device,
+            f"{steps} steps", steps, generate, samples=config.evaluate_samples, batch_size=250
         )
         distances[measured.label] = asdict(measured.distance)
     return {"distances": distances}

@@ -1,0 +1,182 @@
+"""The command line: ``stepdistill distill | teacher | sample | fid | configs | methods``.
+
+Heavy imports wait until a command really runs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+_RAW = argparse.RawDescriptionHelpFormatter
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stepdistill",
+        description="Turn a diffusion or flow pipeline into a one-step generator, without training images.",
+        epilog="example: stepdistill distill --config digits_sid\n`stepdistill COMMAND --help` shows one per command.",
+        formatter_class=_RAW,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    distill = commands.add_parser(
+        "distill",
+        help="distil a teacher into a student",
+        description="Distil the teacher of a recipe; `stepdistill configs` lists the bundled ones.",
+        epilog=(
+            "examples:\n"
+            "  stepdistill distill --config digits_sid\n"
+            "  stepdistill distill --config digits_sid method.alpha=1.2 steps=2000 output_dir=runs/mine\n"
+            "  stepdistill distill --config digits_sid resume=true\n"
+            "  accelerate launch -m stepdistill distill --config digits_sid"
+        ),
+        formatter_class=_RAW,
+    )
+    _configured(distill)
+
+    teacher = commands.add_parser(
+        "teacher",
+        help="train a small teacher from images",
+        description="Train a small DDPM teacher from images; the bundled digits teacher was made this way.",
+        epilog="example: stepdistill teacher --config teacher_digits output_dir=runs/teacher",
+        formatter_class=_RAW,
+    )
+    _configured(teacher)
+
+    sample = commands.add_parser(
+        "sample",
+        help="write images of a student or teacher",
+        description="Write PNG files of a student (one step) or a teacher (any number of steps).",
+        epilog=(
+            "examples:\n"
+            "  stepdistill sample runs/digits_sid/student --count 1000 --out runs/images\n"
+            "  stepdistill sample builtin:digits --steps 10 --out runs/teacher_images"
+        ),
+        formatter_class=_RAW,
+    )
+    sample.add_argument("source", help="student folder, teacher folder, hub id or builtin:digits")
+    sample.add_argument("--out", type=Path, required=True, help="folder to create")
+    sample.add_argument("--count", type=_positive, default=64, help="number of samples (64)")
+    sample.add_argument("--steps", type=_positive, default=50, help="network calls of a teacher (50)")
+    sample.add_argument("--solver", choices=("euler", "heun", "dpmpp_2m"), default="euler", help="of a teacher (euler)")
+    sample.add_argument("--first-id", type=int, default=0, help="id, and so the noise, of the first sample (0)")
+    sample.add_argument("--batch-size", type=_positive, default=64, help="samples at a time (64)")
+    sample.add_argument("--labels", type=int, nargs="+", help="class labels to cycle through (all)")
+
+    # The evaluator parses its own arguments, so that `python eval/fid.py` and this command are one.
+    commands.add_parser("fid", help="Frechet distance between two sets of images", add_help=False)
+
+    configs = commands.add_parser(
+        "configs",
+        help="list the bundled recipes, or print one",
+        epilog="example: stepdistill configs digits_sid > mine.yaml",
+        formatter_class=_RAW,
+    )
+    configs.add_argument("name", nargs="?", help="recipe to print")
+
+    commands.add_parser(
+        "methods",
+        help="list the methods, their papers and the teachers they accept",
+        epilog="example: stepdistill methods",
+        formatter_class=_RAW,
+    )
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a bundled recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the recipe")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
+    match arguments.command:
+        case "distill":
+            from .config import Config, parse
+
+            config = parse(Config, arguments.config, arguments.overrides)
+            from .distill import distill
+
+            distill(config)
+        case "teacher":
+            from .config import parse
+            from .train_teacher import TeacherConfig, train_teacher
+
+            print(train_teacher(parse(TeacherConfig, arguments.config, arguments.overrides)))
+        case "sample":
+            from .sample import sample
+
+            labels = tuple(arguments.labels) if arguments.labels else None
+            folder = sample(
+                arguments.source,
+                arguments.out,
+                count=arguments.count,
+                steps=arguments.steps,
+                first_id=arguments.first_id,
+                batch_size=arguments.batch_size,
+                labels=labels,
+                solver=arguments.solver,
+            )
+            print(folder)
+        case "fid":
+            from .fid import main as fid
+
+            return fid(rest)
+        case "configs":
+            _configs(arguments.name)
+        case "methods":
+            _methods()
+    return 0
+
+
+def _configs(name: str | None) -> None:
+    from .bundled import bundled
+
+    recipes = {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
+    if name is None:
+        print("\n".join(recipes))
+    elif name in recipes:
+        print(recipes[name].read_text(), end="")
+    else:
+        raise UserError(f"no bundled recipe {name!r}; there are {', '.join(recipes)}")
+
+
+def _methods() -> None:
+    from typing import get_args
+
+    from .methods import AnyMethod
+
+    for method in sorted(get_args(AnyMethod), key=lambda kind: kind.__name__.lower()):
+        summary = (method.__doc__ or "").splitlines()[0]
+        print(f"{method.__name__:<8}{summary}\n        {method.paper}\n        teachers: {', '.join(method.targets)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; user errors are one clear message and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # The first two words suffice to know `fid`, whose flags belong to its own parser.
+    known = argv[:1] if argv[:1] == ["fid"] else argv
+    arguments = _parser().parse_args(known)
+    try:
+        code = _run(arguments, argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What a finished run shows a person: the picture, the table, the lines that use the student, the model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+
+from . import __version__
+from .config import Config
+from .evaluation import Measurement
+from .images import to_uint8
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def grid(images: Tensor, columns: int = 8) -> Tensor:
+    """``(N, C, H, W)`` in [-1, 1] as one uint8 ``(H', W', C)`` picture with a one-pixel frame."""
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    tiles = images.new_ones(rows * columns, channels, height + 1, width + 1)
+    tiles[:count, :, :height, :width] = images
+    tiles = tiles.reshape(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
+    return to_uint8(tiles.reshape(channels, rows * (height + 1), columns * (width + 1))).permute(1, 2, 0).cpu()
+
+
+def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str, float]], *, title: str) -> None:
+    """Teacher and student from the same noise, side by side, above the training curve."""
+    figure, axes = plt.subplot_mosaic([["teacher", "student"], ["curve", "curve"]], figsize=(8, 7), height_ratios=[5, 3])
+    for name, images in (("teacher", teacher), ("student", student)):
+        shown = grid(images)
+        axes[name].imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=255)
+        axes[name].set_axis_off()
+    axes["teacher"].set_title("teacher, 50 steps")
+    axes["student"].set_title("student, 1 step, same noise")
+    _curve(axes["curve"], history)
+    figure.suptitle(title)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def _curve(axis: plt.Axes, history: list[dict[str, float]]) -> None:
+    """The distance to the reference where it was measured; every logged loss otherwise."""
+    measured = [(row["images"], row["fd"]) for row in history if "fd" in row]
+    if measured:
+        axis.plot(*zip(*measured, strict=True), marker="o", label="Frechet distance of the one-step student")
+    else:
+        for name in sorted({key for row in history for key in row if key.endswith("/loss")}):
+            points = [(row["images"], row[name]) for row in history if name in row]
+            axis.plot(*zip(*points, strict=True), label=name)
+    if measured and min(value for _, value in measured) > 0:
+        axis.set_yscale("log")
+    axis.set_xlabel("generated images seen in training")
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
+
+
+def table(rows: list[Measurement], metric: str) -> str:
+    """Distances, network calls and speed as aligned text; the last row is the student."""
+    slowest = rows[0].images_per_second
+    lines = [f"{'':<18}{metric + ' (+- se)':>22}{'network calls':>15}{'images/s':>11}{'speed-up':>10}"]
+    for row in rows:
+        distance = f"{row.distance.value:.3f} +- {row.distance.se:.3f}"
+        ratio = f"{row.images_per_second / slowest:.1f}x"
+        lines.append(f"{row.label:<18}{distance:>22}{row.network_calls:>15}{row.images_per_second:>11.0f}{ratio:>10}")
+    return "\n".join(lines)
+
+
+def usage(folder: Path) -> str:
+    """The lines of Python that use an exported student."""
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}")\n'
+        "image = pipe(num_inference_steps=1).images[0]\n"
+        'image.save("sample.png")'
+    )
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of ``metrics.jsonl``."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def card(config: Config, rows: list[Measurement], metric: str, *, paper: str, picture_name: str | None) -> ModelCard:
+    """The model card of a student: what it is, how to run it, how it was made, what it reaches."""
+    hub_id = config.teacher if not Path(config.teacher).exists() and ":" not in config.teacher else None
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["stepdistill", f"stepdistill-{config.method.name}", "one-step", "distillation"],
+        base_model=hub_id,
+        base_model_relation="finetune" if hub_id else None,  # type: ignore[arg-type]
+    )
+    numbers = f"```\n{table(rows, metric)}\n```\n" if rows else "Not evaluated.\n"
+    shown = f"![teacher and student from the same noise]({picture_name})\n\n" if picture_name else ""
+    recipe = json.dumps(config.dump()["method"], indent=1)
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# One-step student of {config.teacher}\n\n"
+        f"Distilled without images by [stepdistill](https://pypi.org/project/stepdistill) {__version__} with "
+        f"{type(config.method).__name__} ({paper}).\n\n"
+        f"{shown}"
+        f"## Use\n\n```python\n{usage(Path('PATH_OR_REPO'))}\n```\n\n"
+        f"## Numbers\n\n{numbers}\n"
+        f"## Recipe\n\n{config.steps} steps of {config.training.batch_size} samples, seed {config.seed}; method:\n\n"
+        f"```json\n{recipe}\n```\n"
+    )

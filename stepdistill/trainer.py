@@ -1,0 +1,247 @@
+"""The training loop: roles and their turns, optimizers, averages, what is watched; no equation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from .config import Optimizer, Training
+from .denoiser import Denoiser
+from .methods.base import Batch, Method, Nets
+
+
+_STOP = "stop"
+
+
+class Diverged(RuntimeError):
+    """A loss or a weight stopped being finite."""
+
+
+class Trainer:
+    """Runs a method's turns: for each, one role learns and everyone else is frozen.
+
+    Every trained role has two faces on the same storage: the *learner*, prepared by accelerate, and a frozen
+    twin whose parameters never require a gradient.  A turn picks one learner and the twins of the others, so
+    nothing is switched on or off between turns.  Networks stay in evaluation mode: no dropout.
+
+    Args:
+        method: the equations.
+        teacher: the frozen denoiser.
+        networks: one network per trained role (``student`` and ``method.roles``), taken over.
+        training: the ``training`` section.
+        steps: length of the run, for learning-rate schedules.
+        batches: draws one data-free batch of a given size.
+        accelerator: devices, precision and processes.
+        watch: receives ``(step, scalars averaged over processes)`` of every finite step.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        teacher: Denoiser,
+        networks: dict[str, nn.Module],
+        training: Training,
+        *,
+        steps: int,
+        batches: Callable[[int], Batch],
+        accelerator: Accelerator,
+        watch: Callable[[int, dict[str, float]], object] = lambda step, log: None,
+    ) -> None:
+        self.method, self.training, self.batches, self.accelerator = method, training, batches, accelerator
+        self.watch, self.stop_requested, self.stopping = watch, False, False
+        self._pending: list[_Arriving] = []
+        self.schedules: dict[str, Any] = {}
+        teacher.network.requires_grad_(False).eval().to(accelerator.device)
+        self.progress = Progress()
+        self.learners: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.frozen: dict[str, Denoiser] = {"teacher": teacher}
+        bare = replace(teacher, guidance=None)
+        for role, network in networks.items():
+            network.requires_grad_(True).eval().to(accelerator.device)
+            twin = _frozen_twin(network)
+            optimizer = _optimizer(training.role_optimizers.get(role, training.optimizer), network)
+            schedule = get_scheduler(
+                training.lr_schedule, optimizer, num_warmup_steps=training.lr_warmup_steps, num_training_steps=steps
+            )
+            self.learners[role], self.optimizers[role] = accelerator.prepare(network, optimizer)
+            self.frozen[role] = replace(bare, network=twin)
+            accelerator.register_for_checkpointing(schedule)
+            self.schedules[role] = schedule
+        self.nets: dict[str, Nets] = {
+            role: {**self.frozen, role: replace(bare, network=learner)} for role, learner in self.learners.items()
+        }
+        self.student = accelerator.unwrap_model(self.learners["student"])
+        self.ema = EMAModel(self.student.parameters(), foreach=True) if training.ema_halflife_images else None
+        accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
+
+    @property
+    def images_per_step(self) -> int:
+        """Samples that the student is trained on in one step, over all processes."""
+        return self.training.batch_size * self.training.gradient_accumulation * self.accelerator.num_processes
+
+    def step(self) -> dict[str, Tensor]:
+        """Every turn of the method once; the logged scalars of this process, on the device."""
+        log: dict[str, Tensor] = {}
+        for role, loss in self.method.turns(self.progress.step):
+            rounds = self.training.gradient_accumulation
+            for k in range(rounds):
+                with self._synchronised(role, last=k == rounds - 1):
+                    with self.accelerator.autocast():
+                        value, watched = loss(self.nets[role], self.batches(self.training.batch_size))
+                    self.accelerator.backward(value / rounds)
+            self._update(role)
+            log |= {f"{role}/{key}": scalar for key, scalar in watched.items()}
+        self.progress.step += 1
+        return log
+
+    def _synchronised(self, role: str, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients are exchanged between processes in the last micro-batch only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.learners[role])
+
+    def _update(self, role: str) -> None:
+        """Clip, step, zero; the average of the student follows its weights."""
+        optimizer = self.optimizers[role]
+        if self.training.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.learners[role].parameters(), self.training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.schedules[role].step()
+        if role == "student" and self.ema is not None and self.training.ema_halflife_images is not None:
+            # SiD's ramp: the half-life is at most 5 % of the images so far.
+            images = (self.progress.step + 1) * self.images_per_step
+            halflife = min(self.training.ema_halflife_images, 0.05 * images)
+            self.ema.decay = self.ema.min_decay = 0.5 ** (self.images_per_step / halflife)
+            self.ema.step(self.student.parameters())
+
+    def run(self, steps: int) -> Iterator[int]:
+        """Train up to ``steps`` or until every process knows of a request to stop; yields each step's number.
+
+        Numbers go to ``watch`` as they arrive: at once on a CPU, one step late on a GPU, so that the host never
+        waits for the step it just queued.  ``settle`` catches up before anything is written.
+
+        Raises:
+            Diverged: on all processes, naming the term that stopped being finite.
+        """
+        late = 1 if self.accelerator.device.type == "cuda" else 0
+        while self.progress.step < steps and not self.stopping:
+            log = self.step()
+            log[_STOP] = torch.full((), float(self.stop_requested), device=self.accelerator.device)
+            self._pending.append(_Arriving(self.progress.step, self._averaged(log)))
+            if len(self._pending) > late:
+                self._arrive(self._pending.pop(0))
+            yield self.progress.step
+        self.settle()
+
+    def settle(self) -> None:
+        """Make sure that every step so far, and every weight, is finite.
+
+        Raises:
+            Diverged: naming what is not.
+        """
+        while self._pending:
+            self._arrive(self._pending.pop(0))
+        for role, learner in self.learners.items():
+            norm = torch.nn.utils.get_total_norm(list(learner.parameters()))
+            if not bool(norm.isfinite()):
+                raise Diverged(f"step {self.progress.step}: the weights of {role} are no longer finite")
+
+    def _arrive(self, arriving: _Arriving) -> None:
+        log = arriving.log()
+        self.stopping |= log.pop(_STOP) > 0
+        bad = [f"{name} is {value}" for name, value in log.items() if not math.isfinite(value)]
+        if bad:
+            raise Diverged(f"step {arriving.step}: {', '.join(bad)}")
+        self.watch(arriving.step, log)
+
+    def _averaged(self, log: dict[str, Tensor]) -> dict[str, Tensor]:
+        values = torch.stack([value.float() for value in log.values()])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, reduction="mean")
+        return dict(zip(log, values, strict=True))
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[Denoiser]:
+        """The student as a frozen denoiser with its averaged weights; the trained ones return afterwards, exactly."""
+        if self.ema is None:
+            yield self.frozen["student"]
+            return
+        self.ema.store(self.student.parameters())
+        self.ema.copy_to(self.student.parameters())
+        try:
+            yield self.frozen["student"]
+        finally:
+            self.ema.restore(self.student.parameters())
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizers, averages, schedules, step and every process's random state."""
+        self.accelerator.save_state(str(folder))
+
+    def load(self, folder: Path) -> None:
+        """Continue exactly where ``save`` was called."""
+        self.accelerator.load_state(str(folder))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+
+
+class Progress:
+    """Where a run stands; part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint holds."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a checkpoint."""
+        self.step = state["step"]
+
+
+class _Arriving:
+    """Numbers of one step on their way to the host."""
+
+    def __init__(self, step: int, log: dict[str, Tensor]) -> None:
+        self.step, self.names = step, list(log)
+        values = torch.stack(list(log.values()))
+        self.ready = None
+        if values.is_cuda:
+            self.host = torch.empty(len(values), pin_memory=True)
+            self.host.copy_(values, non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+        else:
+            self.host = values
+
+    def log(self) -> dict[str, float]:
+        """The numbers, once this step is done; later steps may still be running."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return dict(zip(self.names, self.host.tolist(), strict=True))
+
+
+def _frozen_twin(network: nn.Module) -> nn.Module:
+    """A copy whose parameters are the same memory and never require a gradient."""
+    twin = copy.deepcopy(network).requires_grad_(False)
+    for mine, theirs in zip(twin.parameters(), network.parameters(), strict=True):
+        mine.data = theirs.data
+    return twin
+
+
+def _optimizer(config: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    fused = all(p.device.type in ("cpu", "cuda") for p in network.parameters())
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    return kind(network.parameters(), **options, fused=fused)
