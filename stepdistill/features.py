@@ -22,7 +22,7 @@ class Extractor(Protocol):
     dimension: int
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 ``(N, C, H, W)`` to float32 ``(N, dimension)``."""
+        """uint8 ``(N, C, H, W)`` to float64 ``(N, dimension)``."""
         ...
 
 
@@ -49,8 +49,9 @@ class DigitsExtractor:
     """``fd-digits-v1``: the frozen ``DigitsNet`` of this package, standardised on the real digits.
 
     Pixel statistics alone see little of shape, the penultimate layer alone little of noise; the three layers
-    together saw every corruption tried.  Weights and standardisation come from one file, made by
-    ``training/train_digits_features.py``; another training seed would be another metric.
+    together saw every corruption tried.  Computed in float64, which neither TF32 nor autocast touches.
+    Weights and standardisation come from one file, made by ``training/train_digits_features.py``; another training
+    seed would be another metric.
     """
 
     name = "fd-digits-v1"
@@ -59,9 +60,9 @@ class DigitsExtractor:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         weights = load_file(bundled("assets") / f"{self.name}.safetensors")
         self.device = torch.device(device)
-        self._mean = weights.pop("mean").to(self.device)
-        self._std = weights.pop("std").to(self.device)
-        self._net = DigitsNet().to(self.device).eval()
+        self._mean = weights.pop("mean").to(self.device).double()
+        self._std = weights.pop("std").to(self.device).double()
+        self._net = DigitsNet().to(self.device).double().eval()
         self._net.load_state_dict(weights)
 
     @torch.no_grad()
@@ -77,5 +78,4 @@ class DigitsExtractor:
         if images.shape[-2:] != (8, 8):
             height, width = images.shape[-2:]
             raise UserError(f"{self.name} compares 8x8 digits, got images of {width}x{height}")
-        x = to_float(images.to(self.device))
-        return x.mean(1, keepdim=True)
+        return to_float(images.to(self.device)).double().mean(1, keepdim=True)

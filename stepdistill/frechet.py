@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 GROUPS = 10
 """Groups of the delete-a-group jackknife; sample ``k`` belongs to group ``k % GROUPS``."""
+
+MIN_SAMPLES = 2 * GROUPS
+"""Fewest samples on either side: two in every group, so that each has a spread and deleting one leaves a covariance."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Moments:
 
 
 class FeatureSums:
-    """Additive float64 sums of features, one set per jackknife group; ranks and shards merge by ``+``."""
+    """Float64 sums of features, one set per jackknife group; ranks and shards merge by adding the three tensors."""
 
     def __init__(self, dimension: int, device: torch.device | str = "cpu") -> None:
         self.count = torch.zeros(GROUPS, dtype=torch.int64, device=device)
@@ -32,9 +37,8 @@ class FeatureSums:
     def add(self, features: Tensor, first_id: int) -> None:
         """Add ``(N, d)`` features of the samples ``first_id, first_id + 1, ...``."""
         features = features.to(self.sum.device, torch.float64)
-        group = (torch.arange(len(features), device=features.device) + first_id) % GROUPS
         for g in range(GROUPS):
-            mine = features[group == g]
+            mine = features[(g - first_id) % GROUPS :: GROUPS]
             self.count[g] += len(mine)
             self.sum[g] += mine.sum(0)
             self.outer[g] += mine.T @ mine
@@ -56,9 +60,15 @@ def moments_of(features: Tensor) -> Moments:
 
 
 class Reference:
-    """Moments to compare with; the factor ``A A^T = covariance`` is computed once."""
+    """Moments to compare with; the factor ``A A^T = covariance`` is computed once.
+
+    Raises:
+        UserError: fewer than ``MIN_SAMPLES`` samples.
+    """
 
     def __init__(self, moments: Moments) -> None:
+        if moments.n < MIN_SAMPLES:
+            raise UserError(f"at least {MIN_SAMPLES} reference images are needed, got {moments.n}")
         self.moments = moments
         values, vectors = torch.linalg.eigh(moments.covariance)
         self._half = vectors * values.clamp_min(0).sqrt()
@@ -85,7 +95,7 @@ class FrechetDistance:
     value: float
     """The plain estimate, biased upward by about ``1/n``."""
     se: float
-    """Standard error by the delete-a-group jackknife."""
+    """Standard error by the delete-a-group jackknife; the reference counts as exact."""
     debiased: float | None
     """Jackknife-corrected estimate; ``None`` below ``5 d`` samples, where it is not to be trusted."""
     n: int
@@ -93,11 +103,17 @@ class FrechetDistance:
 
 
 def frechet_distance(sums: FeatureSums, reference: Reference) -> FrechetDistance:
-    """Distance of accumulated features to ``reference``, with error and debiased value."""
+    """Distance of accumulated features to ``reference``, with error and debiased value.
+
+    Raises:
+        UserError: fewer than ``MIN_SAMPLES`` samples.
+    """
+    n, dimension = int(sums.count.sum()), sums.sum.shape[1]
+    if n < MIN_SAMPLES:
+        raise UserError(f"at least {MIN_SAMPLES} images are needed, got {n}")
     value = reference.distance(sums.moments())
     parts = [reference.distance(sums.moments(without=g)) for g in range(GROUPS)]
     centre = sum(parts) / GROUPS
-    n, dimension = int(sums.count.sum()), sums.sum.shape[1]
     return FrechetDistance(
         value=value,
         se=math.sqrt((GROUPS - 1) / GROUPS * sum((part - centre) ** 2 for part in parts)),

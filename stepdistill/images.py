@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
@@ -34,7 +33,7 @@ def load_images(source: str | Path) -> Tensor:
             ``(N, H, W, C)``, or ``builtin:digits`` (scikit-learn's 1,797 real 8x8 digits).
 
     Raises:
-        UserError: nothing readable there, or images of different sizes.
+        UserError: nothing there, something unreadable or not 8-bit, or images of different sizes.
     """
     if str(source) == DIGITS:
         return load_digits()[0]
@@ -47,7 +46,7 @@ def load_images(source: str | Path) -> Tensor:
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's digits: uint8 ``(1797, 1, 8, 8)`` (its 17 grey levels spread over 0..255) and labels ``(1797,)``."""
+    """scikit-learn's digits, uint8 ``(1797, 1, 8, 8)`` with 17 levels spread over 0..255, and labels ``(1797,)``."""
     from sklearn.datasets import load_digits as load
 
     images, labels = load(return_X_y=True)
@@ -64,7 +63,7 @@ def _from_folder(folder: Path) -> Tensor:
     if odd is not None:
         raise UserError(
             f"images must have one size: {files[0].name} is {_size(pixels[0])} and {files[odd].name} is "
-            f"{_size(pixels[odd])}; resize them first"
+            f"{_size(pixels[odd])}; convert them first"
         )
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
@@ -72,9 +71,10 @@ def _from_folder(folder: Path) -> Tensor:
 def _read(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
-            grey = image.mode in ("1", "L", "I", "I;16", "F")
-            pixels = np.array(image.convert("L" if grey else "RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"it is not 8-bit (Pillow's mode {image.mode})")
+            pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    except Exception as error:  # Decoders raise nearly anything on damaged files.
         raise UserError(f"cannot read the image {file}: {error}") from None
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -87,13 +87,11 @@ def _size(image: np.ndarray) -> str:
 def _from_npz(path: Path) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if "arr_0" not in archive:
-                raise UserError(f"{path} holds {', '.join(archive.files) or 'nothing'}; expected images under arr_0")
-            images = archive["arr_0"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
+            names, images = archive.files, archive.get("arr_0")
+    except Exception as error:  # zipfile, zlib and numpy each raise their own on damaged files.
         raise UserError(f"cannot read {path}: {error}") from None
+    if images is None:
+        raise UserError(f"{path} holds {', '.join(names) or 'nothing'}; expected images under arr_0")
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise UserError(f"{path}: arr_0 must be uint8 (N, H, W) or (N, H, W, C), got {images.dtype} {images.shape}")
     images = images[..., None] if images.ndim == 3 else images

@@ -35,7 +35,9 @@ def main(output: str, *, seed: int = 0, epochs: int = 12) -> None:
         logits, features = net(x)
     accuracy = (logits[held_out].argmax(1) == labels[held_out]).float().mean().item()
     print(f"accuracy on {len(held_out)} held-out digits: {accuracy:.3f}")
-    statistics = {"mean": features.mean(0), "std": features.std(0).clamp_min(1e-3)}
+    std = features.std(0)
+    # Units that no digit fires keep their own scale: divided by next to nothing, one odd image would be the distance.
+    statistics = {"mean": features.mean(0), "std": torch.where(std > 0, std, 1.0)}
     save_file({**net.state_dict(), **statistics}, output)
 
 

@@ -1,0 +1,153 @@
+"""``stepdistill fid`` end to end."""
+
+import json
+import runpy
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stepdistill.errors import UserError
+from stepdistill.evaluation import Evaluator
+from stepdistill.fid import main
+from stepdistill.images import load_digits, load_images
+
+SCRIPT = Path(__file__).parents[1] / "eval" / "fid.py"
+
+
+@pytest.fixture
+def half(tmp_path):
+    path = tmp_path / "half.npz"
+    np.savez(path, load_digits()[0][::2, 0].numpy())
+    return str(path)
+
+
+def run_script(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return stopped.value.code
+
+
+def test_json_is_one_object_with_the_evaluators_numbers(half, capsys):
+    assert main(["calc", half, "builtin:digits", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    expected = Evaluator("builtin:digits").distance(load_images(half))
+    seconds, versions = result.pop("seconds"), result.pop("versions")
+    assert result == {
+        "metric": "fd-digits-v1",
+        "value": expected.value,
+        "se": expected.se,
+        "debiased": expected.debiased,
+        "n": 899,
+        "n_ref": 1797,
+        "images": half,
+        "reference": "builtin:digits",
+    }
+    assert 0 < seconds < 60
+    assert versions["torch"] == version("torch")
+    assert versions.keys() == {"python", "stepdistill", "torch", "numpy", "pillow"}
+    assert err == ""
+
+
+def test_the_table_is_two_short_lines_with_the_same_numbers(half, capsys):
+    main(["calc", half, "builtin:digits"])
+    head, row = capsys.readouterr().out.splitlines()
+    expected = Evaluator("builtin:digits").distance(load_images(half))
+    assert head.split() == ["metric", "value", "+-", "se", "debiased", "n", "n_ref"]
+    assert row.split() == [
+        "fd-digits-v1",
+        f"{expected.value:.4f}",
+        "+-",
+        f"{expected.se:.4f}",
+        f"{expected.debiased:.4f}",
+        "899",
+        "1797",
+    ]
+
+
+def test_few_samples_have_no_debiased_value(tmp_path, capsys):
+    np.savez(tmp_path / "few.npz", load_digits()[0][:399, 0].numpy())  # The metric has 80 dimensions; 5 d is 400.
+    main(["calc", str(tmp_path / "few.npz"), "builtin:digits"])
+    assert "n/a" in capsys.readouterr().out
+    main(["calc", str(tmp_path / "few.npz"), "builtin:digits", "--json"])
+    assert json.loads(capsys.readouterr().out)["debiased"] is None
+
+
+def test_a_set_is_at_zero_from_itself_without_a_minus_sign(half, capsys):
+    main(["calc", half, half])
+    assert capsys.readouterr().out.splitlines()[1].split()[1] == "0.0000"
+
+
+def test_the_script_is_the_command(half, monkeypatch, capsys):
+    assert run_script(monkeypatch, "calc", half, "builtin:digits", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 899
+
+
+def _folder(path, *shapes):
+    path.mkdir()
+    for index, shape in enumerate(shapes):
+        Image.fromarray(np.zeros(shape, np.uint8)).save(path / f"{index:03d}.png")
+    return path
+
+
+def _bad_sources(tmp_path):
+    np.savez(tmp_path / "named.npz", images=np.zeros((30, 8, 8), np.uint8))
+    broken = _folder(tmp_path / "broken", *[(8, 8)] * 30)
+    (broken / "017.png").write_bytes(b"\x89PNG")
+    return {
+        "missing folder": (tmp_path / "nowhere", "neither a folder"),
+        "empty folder": (_folder(tmp_path / "empty"), "holds no images"),
+        "too few": (_folder(tmp_path / "few", *[(8, 8)] * 19), "images are needed, got 19"),
+        "different sizes": (_folder(tmp_path / "sizes", *[(8, 8)] * 20, (8, 9)), "one size"),
+        "unreadable": (broken, "017.png"),
+        "another size": (_folder(tmp_path / "large", *[(16, 16)] * 20), "8x8 digits, got images of 16x16"),
+        "npz without arr_0": (tmp_path / "named.npz", "expected images under arr_0"),
+    }
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    "case",
+    ["missing folder", "empty folder", "too few", "different sizes", "unreadable", "another size", "npz without arr_0"],
+)
+def test_bad_input_on_either_side_is_one_clear_message(tmp_path, case, side, capsys):
+    source, message = _bad_sources(tmp_path)[case]
+    sources = ["builtin:digits", "builtin:digits"]
+    sources[side] = str(source)
+    with pytest.raises(UserError, match=message):
+        main(["calc", *sources, "--json"])
+    assert capsys.readouterr().out == ""
+
+
+def test_bad_input_ends_the_script_with_exit_code_2_and_one_line(tmp_path, monkeypatch, capsys):
+    assert run_script(monkeypatch, "calc", str(tmp_path / "nowhere"), "builtin:digits") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {tmp_path / 'nowhere'} is neither")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["calc"], ["calc", "one"], ["measure", "a", "b"]])
+def test_wrong_usage_ends_with_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: stepdistill fid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["calc", "--help"]])
+def test_help_shows_an_example_and_imports_nothing_heavy(arguments):
+    program = (
+        "import sys; from stepdistill.fid import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'PIL', 'sklearn'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "stepdistill fid calc runs/digits_sid/samples builtin:digits" in answer
+    assert answer.splitlines()[-1] == "[]"
