@@ -9,7 +9,8 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-_SOURCES = "a folder of images (read recursively), an .npz with uint8 arr_0 (N, H, W[, C]), or builtin:digits"
+_CALC = """Compare the images A with the reference images B. Either is a folder of images (read recursively),
+an .npz with uint8 arr_0 (N, H, W[, C]), or builtin:digits."""
 _EXAMPLE = "example:\n  stepdistill fid calc runs/digits_sid/samples builtin:digits --json"
 
 
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "calc",
         help="compare images with reference images",
-        description="Compare the images A with the reference images B.  Either is " + _SOURCES + ".",
+        description=_CALC,
         epilog=_EXAMPLE,
         formatter_class=style,
     )

@@ -97,7 +97,10 @@ class FrechetDistance:
     se: float
     """Standard error by the delete-a-group jackknife; the reference counts as exact."""
     debiased: float | None
-    """Jackknife-corrected estimate; ``None`` below ``5 d`` samples, where it is not to be trusted."""
+    """Jackknife-corrected estimate; ``None`` below ``5 d`` samples, where it is not to be trusted.
+
+    Takes the samples as independent of the reference; a subset of it comes out negative.
+    """
     n: int
     """Samples measured."""
 
