@@ -113,7 +113,7 @@ class Denoiser:
         else:
             low, high = self.guidance.interval
             inside = (time >= low) & (time <= high)
-            scale = broadcast(torch.where(inside, torch.as_tensor(self.guidance.scale, device=x.device), 1.0), x)
+            scale = broadcast(torch.where(inside, self.guidance.scale, 1.0), x)
             both = concatenate(repeat(self.guidance.uncond, len(x)), cond)
             doubled = self.call(self.network, torch.cat([x, x]), torch.cat([label, label]), both)
             uncond, conditional = _full_precision(doubled).chunk(2)
@@ -138,7 +138,7 @@ class Denoiser:
         level, variance = s - self.sigma_boundary, self.sigma_data**2
         skip = variance / (level.square() + variance)
         x0 = skip * x + level * self.sigma_data * (s.square() + variance).rsqrt() * out
-        return x0, (x - x0) / s
+        return x0, (x - a * x0) / s
 
 
 def _norm(process: NoiseProcess, t: Tensor) -> Tensor:

@@ -104,6 +104,8 @@ class VP(NoiseProcess):
         table = self.alphas_cumprod
         if table.ndim != 1 or len(table) < 2 or not bool((table.diff() < 0).all()):
             raise ValueError(f"alphas_cumprod must be a strictly decreasing (N >= 2,) table, got {tuple(table.shape)}")
+        if not (table[0] < 1 and table[-1] >= 0):
+            raise ValueError(f"alphas_cumprod must lie in [0, 1), got {table[-1].item()} to {table[0].item()}")
 
     def _table(self, device: torch.device) -> Tensor:
         """The log-SNR of every entry on ``device``; copied there once, so that a step never waits for it."""
@@ -262,6 +264,10 @@ class Trig(NoiseProcess):
     """
 
     noise_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.noise_std <= 0:
+            raise ValueError(f"noise_std must be positive, got {self.noise_std}")
 
     @property
     def prior_scale(self) -> float:

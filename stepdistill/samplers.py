@@ -22,11 +22,16 @@ from .process import VE, VP, InputScale, NoiseProcess
 Solver = Literal["euler", "heun", "dpmpp_2m"]
 
 
+_SEED_STRIDE = 0x9E3779B1
+"""Ids between the streams of two seeds: 2**32 over the golden ratio, which spreads any run of seeds evenly over the
+2**32 streams of torch's CPU generator (it reads no more bits of a seed)."""
+
+
 class SampleNoise:
     """Standard normal noise that belongs to sample ids: sample ``k`` is the same in any batch and on any rank.
 
-    Sample ``k`` draws from its own CPU generator, ``torch.Generator().manual_seed(seed * 2**32 + k)``, so
-    ``pipe(generator=torch.Generator().manual_seed(k))`` of an exported student repeats sample ``k`` of seed 0.
+    Sample ``k`` draws from its own CPU generator, seeded with ``k`` for seed 0, so that
+    ``pipe(generator=torch.Generator().manual_seed(k))`` of an exported student repeats sample ``k``.
 
     Args:
         ids: ids of the samples of this batch.
@@ -38,7 +43,8 @@ class SampleNoise:
     def __init__(
         self, ids: Sequence[int], shape: Sequence[int], *, device: torch.device | str = "cpu", seed: int = 0
     ) -> None:
-        self.generators = [torch.Generator().manual_seed(seed * 2**32 + index) for index in ids]
+        start = seed * _SEED_STRIDE
+        self.generators = [torch.Generator().manual_seed((start + index) % 2**32) for index in ids]
         self.shape, self.device = tuple(shape), torch.device(device)
 
     def __call__(self) -> Tensor:
@@ -78,6 +84,8 @@ class _Level(NamedTuple):
 
 
 _CLEAN = _Level(1.0, 0.0)
+_PURE_NOISE = 1e-6
+"""Below this ``alpha / sigma`` a level is pure noise: ``sigma / alpha`` is no coordinate, and heun steps as euler."""
 
 
 def ode_steps(
@@ -112,7 +120,7 @@ def ode_steps(
             x, earlier = _dpmpp_2m(prediction.x0, x, now, then, None if final else earlier)
         else:
             x = then.alpha * prediction.x0 + then.sigma * prediction.eps
-            if solver == "heun" and then.sigma > 0 and now.alpha > 0:
+            if solver == "heun" and then.sigma > 0 and now.alpha > _PURE_NOISE * now.sigma:
                 ahead = denoiser(x, grid[k + 1].expand(len(x)), cond).eps
                 span = then.sigma - then.alpha * now.sigma / now.alpha
                 x = x + 0.5 * span * (ahead - prediction.eps)

@@ -67,7 +67,7 @@ def read_scheduler(scheduler: SchedulerMixin, *, tokens: int | None = None) -> R
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         if config["invert_sigmas"]:
             raise UserError("FlowMatchEulerDiscreteScheduler with invert_sigmas=true is not supported")
-        return _reading(Flow(shift=_flow_shift(config, tokens)), "flow")
+        return _reading(Flow(_flow_shift(config, tokens), label_scale=config["num_train_timesteps"]), "flow")
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         process = VE(max(config["sigma_min"], 1e-3), config["sigma_max"], config["rho"], label_scale=250.0)
         target: Target = "consistency" if config["sigma_min"] > 0 else "edm"
@@ -81,6 +81,8 @@ def read_scheduler(scheduler: SchedulerMixin, *, tokens: int | None = None) -> R
         return _reading(process, "edm", negated=negated, sigma_data=config["sigma_data"])
     if prediction not in _TARGETS:
         raise UserError(f"prediction_type must be one of {', '.join(_TARGETS)}, got {prediction!r}")
+    if config.get("timestep_type") == "continuous" and prediction == "v_prediction":
+        raise UserError(f"{type(scheduler).__name__} with timestep_type=continuous is not supported; use EDMEuler")
     if config.get("use_flow_sigmas"):
         raise UserError(f"{type(scheduler).__name__} with use_flow_sigmas=true is not supported; use FlowMatchEuler")
     alphas_cumprod: torch.Tensor = scheduler.alphas_cumprod
@@ -107,6 +109,4 @@ def _reading(
     sigma_data: float = 0.5,
     sigma_boundary: float = 0.0,
 ) -> Reading:
-    return Reading(
-        native=process, target=target, negated=negated, sigma_data=sigma_data, sigma_boundary=sigma_boundary
-    )
+    return Reading(native=process, target=target, negated=negated, sigma_data=sigma_data, sigma_boundary=sigma_boundary)
