@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UserError
+from .errors import Diverged, UserError
 
 _RAW = argparse.RawDescriptionHelpFormatter
 
@@ -171,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(known)
     try:
         code = _run(arguments, argv[1:])
-    except UserError as error:
+    except (UserError, Diverged) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     sys.exit(code)
 
 

@@ -84,7 +84,9 @@ class Checkpoints:
             raise UserError(f"cannot resume: {path} has no readable {_MANIFEST}; delete that folder") from None
         for name, size in files.items():
             if not (path / name).is_file() or (path / name).stat().st_size != size:
-                raise UserError(f"cannot resume: {path / name} is missing or truncated; delete {path} to use an older one")
+                raise UserError(
+                    f"cannot resume: {path / name} is missing or truncated; delete {path} to use an older one"
+                )
         changed = sorted(key for key in {*identity, *self.identity} if identity.get(key) != self.identity.get(key))
         if changed:
             differences = "; ".join(

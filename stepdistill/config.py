@@ -82,10 +82,10 @@ class Evaluate(Section):
 
     reference: str
     """Images to compare with: folder, ``.npz`` or ``builtin:digits``."""
-    samples: PositiveInt = 5000
+    samples: int = Field(5000, ge=20)
     batch_size: PositiveInt = 250
-    curve_samples: NonNegativeInt = 1000
-    """Samples of the distance measured at every preview; 0 is none."""
+    curve_samples: int | None = Field(1000, ge=20)
+    """Samples of the distance measured at every preview; null is none."""
     teacher_steps: tuple[PositiveInt, ...] = (50, 10, 1)
     """DDIM steps of the teacher's rows."""
 

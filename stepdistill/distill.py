@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import os
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,13 +23,14 @@ from .checkpoints import Checkpoints
 from .config import Config
 from .data import data_free
 from .denoiser import Denoiser
-from .errors import UserError
+from .errors import Diverged, UserError
 from .evaluation import Evaluator, Measurement
 from .export import export, plan
+from .preflight import check_launch, check_output, check_trackers
 from .report import card, grid, picture, read_history, table, usage
 from .samplers import SampleNoise, sample_ode
 from .teacher import Teacher, load_teacher
-from .trainer import Diverged, Trainer
+from .trainer import Trainer, stop_signals
 
 _PICTURE = "student.png"
 _SHOWN = 64
@@ -50,7 +45,7 @@ def distill(config: Config) -> Path:
         SystemExit: the run was interrupted; a checkpoint was written.
     """
     check_launch()
-    _check_output(config)
+    check_output(config.output_dir, resume=config.resume)
     run = Run(config)
     if config.resume:
         run.resume()
@@ -67,7 +62,7 @@ class Run:
         """Build every part; nothing is written yet."""
         self.config, training = config, config.training
         self.folder, self.student_folder = config.output_dir, config.output_dir / "student"
-        _check_trackers(training.trackers)
+        check_trackers(training.trackers)
         self.teacher: Teacher = load_teacher(config.teacher)
         try:
             config.method.check(self.teacher.denoiser)
@@ -153,7 +148,7 @@ class Run:
         training, trainer = self.config.training, self.trainer
         self._resumed = time.monotonic()
         try:
-            with _stop_signals(trainer) as received:
+            with stop_signals(trainer) as received:
                 for step in trainer.run(self.config.steps):
                     self.bar.update()
                     if _every(step, training.preview_every):
@@ -259,7 +254,9 @@ class Run:
         if evaluate is None:
             return []
         teacher = self.trainer.frozen["teacher"]
-        generators = [(f"teacher, {n} steps", teacher, n) for n in evaluate.teacher_steps] + [("student", student, None)]
+        generators = [(f"teacher, {n} steps", teacher, n) for n in evaluate.teacher_steps] + [
+            ("student", student, None)
+        ]
         calls = sum(n or 1 for _, _, n in generators)
         with tqdm(total=calls, desc="evaluate", mininterval=1) as bar:
             rows = []
@@ -285,62 +282,6 @@ class Run:
         if rows and self.evaluator:
             print(f"\n{table(rows, self.evaluator.extractor.name)}")
         print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{usage(self.student_folder)}")
-
-
-def check_launch() -> None:
-    """Refuse ``accelerate launch --cpu --num_processes N``, which starts one process and says nothing.
-
-    Raises:
-        UserError: accelerate was asked for several processes (it sets MASTER_PORT) but started no group (no
-            WORLD_SIZE, no MPI).
-    """
-    asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
-    started = any(name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
-    if asked and not started:
-        raise UserError(
-            "accelerate launch starts a single process on the CPU whatever --num_processes says; use\n"
-            "  ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m stepdistill distill --config ..."
-        )
-
-
-def _check_output(config: Config) -> None:
-    folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file")
-    occupied = folder.is_dir() and any(folder.iterdir())
-    if occupied and not config.resume:
-        raise UserError(f"output_dir {folder} holds another run; choose another, or continue it with resume=true")
-    if config.resume and not occupied:
-        raise UserError(f"nothing to resume: output_dir {folder} is empty or does not exist")
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    from accelerate.utils import LoggerType
-
-    known = [kind.value for kind in LoggerType if kind.value != "all"]
-    for name in names:
-        if name not in known:
-            raise UserError(f"training.trackers: {name!r} is not one of {', '.join(known)}")
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"training.trackers: {name} is not installed; pip install {name}")
-
-
-@contextmanager
-def _stop_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM asks the trainer to stop after the step; a second Ctrl-C interrupts at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        trainer.stop_requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _every(step: int, interval: int) -> bool:

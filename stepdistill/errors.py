@@ -1,5 +1,9 @@
-"""The one exception that means: the input is wrong, here is what to do about it."""
+"""The two ways a command ends badly: the input is wrong, or the training is."""
 
 
 class UserError(ValueError):
     """Input that cannot work; the command line prints the message and exits with code 2."""
+
+
+class Diverged(RuntimeError):
+    """A loss or a weight stopped being finite; the command line prints the message and exits with code 1."""

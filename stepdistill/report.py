@@ -15,7 +15,7 @@ from .evaluation import Measurement
 from .images import to_uint8
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def grid(images: Tensor, columns: int = 8) -> Tensor:
@@ -31,7 +31,9 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 
 def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str, float]], *, title: str) -> None:
     """Teacher and student from the same noise, side by side, above the training curve."""
-    figure, axes = plt.subplot_mosaic([["teacher", "student"], ["curve", "curve"]], figsize=(8, 7), height_ratios=[5, 3])
+    figure, axes = plt.subplot_mosaic(
+        [["teacher", "student"], ["curve", "curve"]], figsize=(8, 7), height_ratios=[5, 3]
+    )
     for name, images in (("teacher", teacher), ("student", student)):
         shown = grid(images)
         axes[name].imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=255)

@@ -17,8 +17,8 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm.auto import tqdm
 
 from .backbones import unet2d
@@ -47,12 +47,12 @@ class TeacherConfig(Section):
     ema_decay: float = 0.999
     unet: dict[str, Any]
     """Arguments of ``diffusers.UNet2DModel``."""
-    scheduler: dict[str, Any] = {}
+    scheduler: dict[str, Any] = Field(default_factory=dict)
     """Arguments of ``diffusers.DDPMScheduler``."""
     evaluate_steps: tuple[PositiveInt, ...] = (50, 10, 4)
     """DDIM steps at which the finished teacher is measured."""
-    evaluate_samples: NonNegativeInt = 5000
-    """Samples per distance; 0 measures nothing (the bundled metric knows 8x8 digits only)."""
+    evaluate_samples: int | None = Field(5000, ge=20)
+    """Samples per distance; null measures nothing (the bundled metric knows 8x8 digits only)."""
 
 
 def train_teacher(config: TeacherConfig) -> Path:
@@ -105,8 +105,6 @@ def _measure(config: TeacherConfig, teacher: Denoiser) -> dict[str, Any]:
         def generate(ids: range, steps: int = steps) -> Tensor:
             return sample_ode(teacher, SampleNoise(ids, images.shape[1:], device=device)(), steps)
 
-        measured = evaluator.measure(
-            f"{steps} steps", steps, generate, samples=config.evaluate_samples, batch_size=250
-        )
+        measured = evaluator.measure(f"{steps} steps", steps, generate, samples=config.evaluate_samples, batch_size=250)
         distances[measured.label] = asdict(measured.distance)
     return {"distances": distances}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,14 +20,10 @@ from torch import Tensor, nn
 
 from .config import Optimizer, Training
 from .denoiser import Denoiser
+from .errors import Diverged
 from .methods.base import Batch, Method, Nets
 
-
 _STOP = "stop"
-
-
-class Diverged(RuntimeError):
-    """A loss or a weight stopped being finite."""
 
 
 class Trainer:
@@ -208,6 +206,24 @@ class Progress:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a checkpoint."""
         self.step = state["step"]
+
+
+@contextmanager
+def stop_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM asks the trainer to stop after the step; a second Ctrl-C interrupts at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        trainer.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Arriving:

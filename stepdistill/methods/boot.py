@@ -8,6 +8,7 @@ own prediction at ``t`` is its target at the slightly earlier ``s``.  One step o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -85,11 +86,12 @@ class BOOT(Method):
         super().check(teacher)
         process = teacher.process
         alpha, sigma = (f(torch.tensor([self.t_max])).item() for f in (process.alpha, process.sigma))
-        if teacher.target == "eps" and alpha < 0.05:
-            largest = process.time_at_log_snr(torch.tensor([0.0025 / (1 - 0.0025)]).log()).item()
+        if teacher.target == "eps" and alpha < 0.05 * sigma:
+            largest = process.time_at_log_snr(torch.tensor([2 * math.log(0.05)])).item()
             raise ValueError(
                 f"BOOT reads x0 = (x - sigma eps) / alpha at t_max, and alpha({self.t_max}) = {alpha:.2g} multiplies "
-                f"every error of this eps-teacher by {1 / alpha:.0f}; set method.t_max={largest:.2f} or less"
+                "every error of this eps-teacher more than 20-fold; "
+                f"set method.t_max={math.floor(100 * largest) / 100} or less"
             )
         if sigma > 1.01 and self.input == "unit":
             raise ValueError(f"sigma(t_max) = {sigma:.3g} is not 1 in this process; set method.input=sigma")
@@ -118,7 +120,7 @@ class BOOT(Method):
             label = {"target_label": student.process.label(at)}
             return x_start[selected], start[selected], {**rows(cond, selected), **label}
 
-        t = self.t_min + self.delta + (self.t_max - self.t_min - self.delta) * torch.rand_like(start)
+        t = self.t_min + self.delta + (start - self.t_min - self.delta) * torch.rand_like(start)
         s = t - self.delta
         edge = slice(0, max(1, round(self.boundary_fraction * len(noise))))
         t_edge = (start - self.delta * torch.rand_like(start))[edge]

@@ -1,0 +1,70 @@
+"""Fixtures: tiny teachers on disk, made here, so that the real loading code runs without a hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
+from diffusers.utils import logging
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+
+def tiny_unet(*, seed: int = 0, **options) -> UNet2DModel:
+    """An 8x8 grey UNet of about 13 thousand parameters whose output is not tiny."""
+    torch.manual_seed(seed)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": 4,
+    }
+    return UNet2DModel(**{**settings, **options}).eval()
+
+
+def make_teacher(folder: Path, kind: str = "ddpm") -> Path:
+    """Save a tiny pipeline: ddpm, ddim, v, x0, consistency (class-conditional), flow or edm."""
+    ddim = DDIMScheduler(clip_sample=False)
+    pipelines = {
+        "ddpm": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler(clip_sample=False)),
+        "ddim": lambda: DDIMPipeline(tiny_unet(), ddim),
+        "v": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler(prediction_type="v_prediction", clip_sample=False)),
+        "x0": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler(prediction_type="sample", clip_sample=False)),
+        "consistency": lambda: ConsistencyModelPipeline(tiny_unet(num_class_embeds=4), ddim),
+        "flow": lambda: DDPMPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler()),
+        "edm": lambda: ConsistencyModelPipeline(tiny_unet(), EDMEulerScheduler()),
+    }
+    pipelines[kind]().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory):
+    """``teachers(kind)`` is the folder of a tiny teacher of that kind, made once."""
+    root, made = tmp_path_factory.mktemp("teachers"), {}
+
+    def get(kind: str = "ddpm") -> Path:
+        if kind not in made:
+            made[kind] = make_teacher(root / kind, kind)
+        return made[kind]
+
+    return get

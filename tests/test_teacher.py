@@ -1,0 +1,138 @@
+"""Teachers: what loads, how it is read, and how the rest is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_unet
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+
+from stepdistill.config import Data
+from stepdistill.data import data_free
+from stepdistill.errors import UserError
+from stepdistill.process import VE, VP, Flow
+from stepdistill.samplers import SampleNoise, sample_ode
+from stepdistill.teacher import load_teacher
+
+
+@pytest.mark.parametrize(
+    ("kind", "process", "target", "classes"),
+    [
+        ("ddpm", VP, "eps", None),
+        ("ddim", VP, "eps", None),
+        ("v", VP, "v", None),
+        ("x0", VP, "x0", None),
+        ("consistency", VP, "eps", 4),
+        ("flow", Flow, "flow", None),
+        ("edm", VE, "edm", None),
+    ],
+)
+def test_teacher_is_read_from_its_folder(kind, process, target, classes, teachers):
+    teacher = load_teacher(str(teachers(kind)))
+    assert isinstance(teacher.denoiser.process, process)
+    assert (teacher.denoiser.target, teacher.classes, teacher.sample_shape) == (target, classes, (1, 8, 8))
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+
+
+def test_loaded_teacher_samples_like_its_pipeline(teachers):
+    folder = teachers("ddpm")
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = SampleNoise(range(3), (1, 8, 8))
+    expected = pipeline(batch_size=3, num_inference_steps=7, generator=noise.generators, output_type="np").images
+    with torch.no_grad():
+        images = sample_ode(load_teacher(str(folder)).denoiser, SampleNoise(range(3), (1, 8, 8))(), 7)
+    # DDIM's default set_alpha_to_one=True ends clean, as sample_ode does
+    torch.testing.assert_close(
+        (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), torch.from_numpy(expected), atol=1e-5, rtol=0
+    )
+
+
+def broken(source, target, file, **changes):
+    shutil.copytree(source, target)
+    path = target / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return str(target)
+
+
+def test_bad_teachers_are_refused_with_what_is_supported(teachers, tmp_path):
+    good = teachers("ddpm")
+    with pytest.raises(UserError, match=r"folder '.*nowhere' does not exist"):
+        load_teacher(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"no model_index\.json"):
+        load_teacher(str(tmp_path))
+    with pytest.raises(UserError, match="no bundled teacher"):
+        load_teacher("builtin:nothing")
+    with pytest.raises(UserError, match=r"pipeline FluxPipeline .* not supported yet; supported are DDPMPipeline"):
+        load_teacher(broken(good, tmp_path / "a", "model_index.json", _class_name="FluxPipeline"))
+    scheduler = ["diffusers", "UnCLIPScheduler"]
+    with pytest.raises(UserError, match=r"scheduler UnCLIPScheduler .* not supported; supported are .*DDIMScheduler"):
+        load_teacher(broken(good, tmp_path / "b", "model_index.json", scheduler=scheduler))
+    with pytest.raises(UserError, match="network UNet2DConditionModel"):
+        load_teacher(broken(good, tmp_path / "c", "model_index.json", unet=["diffusers", "UNet2DConditionModel"]))
+    with pytest.raises(UserError, match="1 to 2 channels"):
+        load_teacher(broken(good, tmp_path / "d", "unet/config.json", out_channels=2))
+    with pytest.raises(UserError, match="positional time"):
+        load_teacher(broken(good, tmp_path / "e", "unet/config.json", time_embedding_type="fourier"))
+
+
+def test_hub_id_that_the_hub_does_not_give_is_said_so():
+    with pytest.raises(UserError, match=r"'somebody/nothing' is no folder here, and the hub did not give it"):
+        load_teacher("somebody/nothing")
+
+
+def test_refusal_comes_before_the_weights_are_read(teachers, tmp_path):
+    folder = broken(teachers("ddpm"), tmp_path / "f", "model_index.json", _class_name="FluxPipeline")
+    (tmp_path / "f/unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="not supported yet"):
+        load_teacher(folder)
+
+
+def test_labels_are_drawn_as_asked(teachers):
+    teacher = load_teacher(str(teachers("consistency")))
+    device = torch.device("cpu")
+    uniform = data_free(teacher, Data(class_labels="uniform", null_label=3), device)
+    assert set(uniform.batch(200).cond["class_labels"].tolist()) == {0, 1, 2}
+    assert uniform.cond(range(1, 5))["class_labels"].tolist() == [1, 2, 0, 1]
+    weighted = data_free(teacher, Data(class_labels=(2, 2, 2, 0)), device)
+    share = (weighted.batch(2000).cond["class_labels"] == 2).float().mean().item()
+    assert share == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 2000) ** 0.5)
+
+
+def test_labels_that_do_not_fit_are_refused(teachers):
+    device = torch.device("cpu")
+    classed, plain = load_teacher(str(teachers("consistency"))), load_teacher(str(teachers("ddpm")))
+    with pytest.raises(UserError, match=r"has 4 classes; set data\.class_labels"):
+        data_free(classed, Data(), device)
+    with pytest.raises(UserError, match=r"must lie in 0\.\.3"):
+        data_free(classed, Data(class_labels=(4,)), device)
+    with pytest.raises(UserError, match="is unconditional"):
+        data_free(plain, Data(class_labels="uniform"), device)
+    with pytest.raises(UserError, match=r"needs a class-conditional teacher and data\.null_label"):
+        classed.guided(Data(class_labels="uniform", guidance_scale=2.0))
+
+
+def test_guided_teacher_is_one_doubled_batch_with_the_null_label(teachers):
+    teacher = load_teacher(str(teachers("consistency")))
+    guided = teacher.guided(Data(class_labels="uniform", null_label=3, guidance_scale=2.0))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.9])
+    labels = torch.tensor([0, 1])
+    with torch.no_grad():
+        found = guided(x, t, {"class_labels": labels}).eps
+        cond = teacher.denoiser(x, t, {"class_labels": labels}).eps
+        uncond = teacher.denoiser(x, t, {"class_labels": torch.full_like(labels, 3)}).eps
+    torch.testing.assert_close(found, uncond + 2 * (cond - uncond))
+
+
+def test_dtype_of_noise_and_shape_follow_the_teacher(tmp_path):
+    DDPMPipeline(tiny_unet(sample_size=(8, 16), in_channels=3, out_channels=3), DDPMScheduler()).save_pretrained(
+        tmp_path
+    )
+    teacher = load_teacher(str(tmp_path))
+    batch = data_free(teacher, Data(), torch.device("cpu")).batch(2)
+    assert batch.noise.shape == (2, 3, 8, 16)
+    assert batch.noise.dtype == torch.float32
