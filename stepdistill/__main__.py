@@ -168,7 +168,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     # The first two words suffice to know `fid`, whose flags belong to its own parser.
     known = argv[:1] if argv[:1] == ["fid"] else argv
-    arguments = _parser().parse_args(known)
+    parser = _parser()
+    arguments, others = parser.parse_known_args(known)
+    # argparse takes positional words in one run only; overrides may stand on both sides of --config.
+    if others and (arguments.command not in ("distill", "teacher") or any(word.startswith("-") for word in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        arguments.overrides += others
     try:
         code = _run(arguments, argv[1:])
     except (UserError, Diverged) as error:
