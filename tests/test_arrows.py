@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
 PAPER = SHARED | {"methods.base", "methods._shared"}
 METRICS = {"frechet", "features", "images", "evaluation", "fid"}
 MODELS = {"methods", "trainer", "checkpoints", "distill", "teacher", "train_teacher", "export"}
-ACCELERATE = {"trainer", "checkpoints", "distill", "train_teacher", "launch", "__main__"}
+ACCELERATE = {"trainer", "checkpoints", "distill", "train_teacher", "preflight", "__main__"}
 
 
 def is_paper(module: str) -> bool:
