@@ -30,9 +30,10 @@ from stepdistill.trainer import Trainer
 TEACHER = load_teacher("builtin:digits")
 
 
-def paired(ours: Callable[[], object], bare: Callable[[], object], repeats: int) -> dict[str, float]:
+def paired(ours: Callable[[], object], bare: Callable[[], object], repeats: int) -> dict[str, object]:
     """Median of the pairwise ratios ours / bare, their quartiles, and the median seconds of both."""
-    ours(), bare()
+    for warm_up in (ours, bare):
+        warm_up()
     pairs = [(_seconds(ours), _seconds(bare)) for _ in range(repeats)]
     ratios = sorted(a / b for a, b in pairs)
     quarters = statistics.quantiles(ratios, n=4)
@@ -95,7 +96,7 @@ class Passes:
         self.frozen(x, self.label, return_dict=False)[0].square().mean().backward()
 
 
-def sid(batch_size: int, repeats: int, *, low_memory: bool) -> dict[str, float]:
+def sid(batch_size: int, repeats: int, *, low_memory: bool) -> dict[str, object]:
     """A SiD step against its 11 (13) units: 1 + 3 for the fake network, 3 + 2 + 2 (+ 2) for the generator."""
     ours, bare = trainer(SiD(low_memory=low_memory), batch_size), Passes(batch_size)
 
@@ -112,7 +113,7 @@ def sid(batch_size: int, repeats: int, *, low_memory: bool) -> dict[str, float]:
     return paired(ours.step, passes, repeats)
 
 
-def boot(batch_size: int, repeats: int) -> dict[str, float]:
+def boot(batch_size: int, repeats: int) -> dict[str, object]:
     """A BOOT step (DDIM): student and teacher forward, 1/4 batch twice through the teacher, student on 5/4 batch."""
     ours, bare = trainer(BOOT(t_max=0.7), batch_size), Passes(batch_size)
     quarter = bare.x[: batch_size // 4]
@@ -127,7 +128,7 @@ def boot(batch_size: int, repeats: int) -> dict[str, float]:
     return paired(ours.step, passes, repeats)
 
 
-def sampler(batch_size: int, repeats: int, steps: int = 10) -> dict[str, float]:
+def sampler(batch_size: int, repeats: int, steps: int = 10) -> dict[str, object]:
     """Ten DDIM steps against ten bare calls."""
     bare = Passes(batch_size)
 

@@ -7,13 +7,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from .bundled import bundled
 from .errors import UserError
 from .methods import AnyMethod
 
 C = TypeVar("C", bound="Section")
+
+EnoughSamples = Annotated[int, Field(ge=20)]
+"""The fewest samples a distance can be computed from: two per jackknife group."""
 
 
 class Section(BaseModel):
@@ -30,7 +42,7 @@ class Optimizer(Section):
     betas: tuple[float, float] = (0.0, 0.999)
     """Adam's; SiD uses beta1 = 0, DMD and BOOT 0.9."""
     eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegativeFloat = 0.0
 
 
 class Training(Section):
@@ -69,7 +81,7 @@ class Data(Section):
 
     class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | None = None
     """Labels of a class-conditional teacher: uniform over its classes, or uniform over a list (repeats weigh)."""
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: NonNegativeFloat = 1.0
     """Classifier-free guidance of the teacher; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance applies."""
@@ -82,9 +94,9 @@ class Evaluate(Section):
 
     reference: str
     """Images to compare with: folder, ``.npz`` or ``builtin:digits``."""
-    samples: int = Field(5000, ge=20)
+    samples: EnoughSamples = 5000
     batch_size: PositiveInt = 250
-    curve_samples: int | None = Field(1000, ge=20)
+    curve_samples: EnoughSamples | None = 1000
     """Samples of the distance measured at every preview; null is none."""
     teacher_steps: tuple[PositiveInt, ...] = (50, 10, 1)
     """DDIM steps of the teacher's rows."""

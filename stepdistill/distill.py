@@ -268,9 +268,10 @@ class Run:
 
     def _picture(self, student: Denoiser) -> None:
         ids = range(_SHOWN)
-        pictures = (self._generate(d, ids, n) for d, n in ((self.trainer.frozen["teacher"], 50), (student, None)))
+        taught = self._generate(self.trainer.frozen["teacher"], ids, 50)
+        learned = self._generate(student, ids, None)
         title = f"{type(self.config.method).__name__}: {self.config.teacher}"
-        picture(self.folder / _PICTURE, *pictures, read_history(self._metrics), title=title)
+        picture(self.folder / _PICTURE, taught, learned, read_history(self._metrics), title=title)
         shutil.copyfile(self.folder / _PICTURE, self.student_folder / _PICTURE)
 
     def _describe(self, rows: list[Measurement], picture_name: str | None) -> None:

@@ -130,16 +130,16 @@ def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan) -> 
         network = network.folded(target)
     network = copy.deepcopy(cast(UNet2DModel, network)).requires_grad_(True).eval()
     scale = hosted.map.output / hosted.output
-    network.conv_out.weight *= scale
-    network.conv_out.bias *= scale
+    for parameter in network.conv_out.parameters():
+        parameter.mul_(scale)
     if not math.isclose(hosted.map.input, 1.0, rel_tol=1e-12):
         _refuse_unscalable(network)
-        network.conv_in.weight *= hosted.map.input
+        network.conv_in.weight.mul_(hosted.map.input)
     if abs(hosted.map.label - hosted.label) > 1e-6:
         labels = torch.tensor([hosted.map.label, hosted.label], device=network.device, dtype=torch.float64)
         wanted, told = network.time_proj(labels.float())
         first = network.time_embedding.linear_1
-        first.bias += first.weight @ (wanted - told)
+        first.bias.add_(first.weight @ (wanted - told))
     return network
 
 

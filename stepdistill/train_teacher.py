@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbones import unet2d
-from .config import Section
+from .config import EnoughSamples, Section
 from .denoiser import Denoiser
 from .errors import UserError
 from .evaluation import Evaluator
@@ -51,7 +51,7 @@ class TeacherConfig(Section):
     """Arguments of ``diffusers.DDPMScheduler``."""
     evaluate_steps: tuple[PositiveInt, ...] = (50, 10, 4)
     """DDIM steps at which the finished teacher is measured."""
-    evaluate_samples: int | None = Field(5000, ge=20)
+    evaluate_samples: EnoughSamples | None = 5000
     """Samples per distance; null measures nothing (the bundled metric knows 8x8 digits only)."""
 
 

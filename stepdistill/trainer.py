@@ -92,8 +92,9 @@ class Trainer:
     def step(self) -> dict[str, Tensor]:
         """Every turn of the method once; the logged scalars of this process, on the device."""
         log: dict[str, Tensor] = {}
+        rounds = self.training.gradient_accumulation
         for role, loss in self.method.turns(self.progress.step):
-            rounds = self.training.gradient_accumulation
+            watched: dict[str, Tensor] = {}
             for k in range(rounds):
                 with self._synchronised(role, last=k == rounds - 1):
                     with self.accelerator.autocast():

@@ -46,7 +46,7 @@ class TargetTimeUNet(nn.Module):
         nn.init.zeros_(self.target_embedding.linear_2.bias)
         self.shifted = _ShiftedTimeEmbedding(inner)
         self.unet = unet
-        self.unet.time_embedding = self.shifted
+        self.unet.register_module("time_embedding", self.shifted)
 
     def forward(
         self,
@@ -74,7 +74,7 @@ class TargetTimeUNet(nn.Module):
         weights = {k.replace("time_embedding.inner.", "time_embedding."): v for k, v in self.unet.state_dict().items()}
         stock.load_state_dict(weights)
         device = next(self.parameters()).device
-        stock.to(device).time_embedding.linear_2.bias += self._embedding(
-            torch.tensor([target_label], device=device), torch.float32
-        )[0]
+        cast(nn.Module, stock).to(device)
+        bias = cast(TimestepEmbedding, stock.time_embedding).linear_2.bias
+        bias.add_(self._embedding(torch.tensor([target_label], device=device), bias.dtype)[0])
         return stock.eval()

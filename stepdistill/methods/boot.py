@@ -130,8 +130,8 @@ class BOOT(Method):
             first = teacher(x_start[edge], start[edge], rows(cond, edge)).x0
             edge_target = signal_step(teacher, first, noise[edge], start[edge], t_edge, rows(cond, edge), self.solver)
 
-        x, label, full_cond = zip(signal(s), signal(t_edge, edge), strict=True)
-        y = student(torch.cat(x), torch.cat(label), concatenate(*full_cond)).x0
+        (x, label, told), (x_edge, label_edge, told_edge) = signal(s), signal(t_edge, edge)
+        y = student(torch.cat([x, x_edge]), torch.cat([label, label_edge]), concatenate(told, told_edge)).x0
         bootstrap = (y[: len(noise)] - target).square().mean()
         boundary = (y[len(noise) :] - edge_target).square().mean()
         loss = bootstrap + self.boundary_weight * boundary
