@@ -34,10 +34,10 @@ def solve(law: Mixture, process: NoiseProcess, x: torch.Tensor, t: float, s: flo
         state = torch.as_tensor(state).reshape(x.shape)
         return denoiser(state, times(time, state)).velocity.flatten().numpy()
 
-    knots = [t, *(k / 8 for k in range(7, 0, -1) if s < k / 8 < t), s]  # the slopes of the VP table jump there
+    knots = [t, *(k / 8 for k in range(7, 0, -1) if s < k / 8 < t), s]  # where the slopes of the VP table jump
     state = x.flatten().numpy()
     for start, end in pairwise(knots):
-        state = solve_ivp(velocity, (start, end), state, method="DOP853", rtol=1e-10, atol=1e-11).y[:, -1]
+        state = solve_ivp(velocity, (start - 1e-12, end), state, method="DOP853", rtol=1e-10, atol=1e-11).y[:, -1]
     return torch.as_tensor(state).reshape(x.shape)
 
 
