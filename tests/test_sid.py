@@ -376,7 +376,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize(("low_memory", "at_least", "at_most"), [(True, 0.9, 1.15), (False, 1.8, 3.3)])
 def test_low_memory_holds_the_activations_of_one_network(low_memory, at_least, at_most):
     torch.manual_seed(0)
-    nets, batch = networks(64, 20, torch.float32), Batch(torch.randn(1024, 8))
+    nets, batch = networks(64, 40, torch.float32), Batch(torch.randn(1024, 8))
     for role in ("teacher", "fake"):
         nets[role].network.requires_grad_(False)
     with LiveBytes() as alone:
