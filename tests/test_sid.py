@@ -8,6 +8,7 @@ import torch
 from oracles import SIGMA_DATA, TARGETS, Mixture, Particles, call, cubature, gaussian
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods import Batch, SiD
@@ -352,22 +353,26 @@ def test_gradients_are_zero_until_the_critic_has_moved():
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside the block held at one time."""
+    """The most bytes that tensors made inside the block, and so neither weights nor inputs, held at one time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
-                storage = tensor.untyped_storage()
+        kwargs = kwargs or {}
+        self.seen.update(self.storages((args, kwargs)))
+        result = func(*args, **kwargs)
+        for storage in self.storages(result):
+            if storage not in self.seen:
                 self.seen.add(storage)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.release, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return result
+
+    def storages(self, tree) -> list[torch.UntypedStorage]:
+        return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
     def release(self, count: int) -> None:
         self.live -= count

@@ -44,15 +44,40 @@ class LogNormalTimes:
 
     def draw(self, process: NoiseProcess, like: Tensor) -> Tensor:
         """``(B,)`` times in float64, clamped to [0, 1]."""
-        normal = torch.randn(len(like), dtype=torch.float64, device=like.device)
+        normal = torch.special.ndtri(_uniform(like).clamp(1e-9, 1 - 1e-9))
         return process.time_at_log_snr(-2 * (self.mean + self.std * normal)).clamp(0, 1)
 
 
-TimeLaw = UniformTimes | LogNormalTimes
+@dataclass(frozen=True, kw_only=True)
+class RampTimes:
+    """``sigma / alpha`` uniform on Karras' ramp, that is uniform in its seventh root, between two ratios.
+
+    SiD's generator law (0.002 to 24.4, the paper's ``t_max = 800``), on any process: both the finest and the
+    coarsest levels are visited often.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    low_ratio: float
+    high_ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low_ratio < self.high_ratio:
+            raise ValueError(f"ratios need 0 < low_ratio < high_ratio, got {self.low_ratio} and {self.high_ratio}")
+
+    def draw(self, process: NoiseProcess, like: Tensor) -> Tensor:
+        """``(B,)`` times in float64, clamped to [0, 1]."""
+        low, high = self.low_ratio ** (1 / 7), self.high_ratio ** (1 / 7)
+        log_ratio = 7 * (low + (high - low) * _uniform(like)).log()
+        return process.time_at_log_snr(-2 * log_ratio).clamp(0, 1)
+
+
+TimeLaw = UniformTimes | LogNormalTimes | RampTimes
 
 
 def _uniform(like: Tensor) -> Tensor:
-    return torch.rand(len(like), dtype=torch.float64, device=like.device)
+    """``(B,)`` numbers, each uniform on [0, 1), together spread evenly over it (Kingma et al. 2021, app. I.1)."""
+    ranks = torch.arange(len(like), dtype=torch.float64, device=like.device)
+    return (ranks / len(like) + torch.rand((), dtype=torch.float64, device=like.device)) % 1
 
 
 def pixel_mean(x: Tensor) -> Tensor:

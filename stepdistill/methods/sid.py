@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..conditions import Cond
+from ..denoiser import Denoiser
 from ..process import InputScale, NoiseProcess
 from ..samplers import StudentSampler
 from ._shared import TimeLaw, UniformTimes, denoising_loss, pixel_mean, pixel_sum
@@ -54,19 +55,26 @@ class SiD(Method):
     """Times at which the fake network learns."""
     student_times: TimeLaw = UniformTimes(low=0.02, high=0.98)
     """Times at which the generator is compared with the teacher."""
-    weight: Literal["adaptive", "one"] = "adaptive"
-    """``adaptive``: 1 / mean|x_g - D_phi| per sample (the paper's code); ``one``: none, for analysis."""
+    weight: Literal["adaptive", "snr", "one"] = "adaptive"
+    """``adaptive``: 1 / mean|x_g - D_phi| per sample (the paper's code).  It depends on ``x_g``, under which the score
+    identities do not hold exactly; ``snr``: ``sqrt(alpha^2 / sigma^2 + 1 / sigma_data^2)``, the same size by ``t`` alone
+    (``x_g - D_phi`` of Gaussian data), under which they do; ``one``: none, for analysis."""
+    fake_updates: int = 1
+    """Updates of the fake network per generator update (1 in the paper)."""
     low_memory: bool = True
     """Hold one network's activations at a time, for one more pass forward of student and teacher (13, not 11)."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.5:
             raise ValueError(f"alpha must lie in [0, 1.5] (the paper uses 0.5 to 1.2), got {self.alpha}")
+        if self.fake_updates < 1:
+            raise ValueError(f"fake_updates must be at least 1, got {self.fake_updates}")
         if self.init_ratio <= 0:
             raise ValueError(f"init_ratio must be positive, got {self.init_ratio}")
 
     def turns(self, step: int) -> Iterator[Turn]:
-        yield Turn("fake", self.fake_loss)
+        for _ in range(self.fake_updates):
+            yield Turn("fake", self.fake_loss)
         yield Turn("student", self.student_loss)
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
@@ -111,9 +119,17 @@ class SiD(Method):
                 real = real_x0(x_t)
             fake = nets["fake"](x_t, t, cond).x0
             error = pixel_mean((x_g - real.detach()).abs())
-            weight = error.clamp_min(1e-5).reciprocal() if self.weight == "adaptive" else torch.ones_like(error)
-            losses = weight * identity_loss(leaf, real, fake, self.alpha)
+            losses = self._weight(nets["teacher"], t, error) * identity_loss(leaf, real, fake, self.alpha)
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         gap = pixel_mean((real - fake).detach().square()).mean()
         log = {"loss": losses.detach().mean(), "score_gap": gap, "x0_error": error.mean(), "std": x_g.std()}
         return gradient / len(x_g), log
+
+    def _weight(self, teacher: Denoiser, t: Tensor, error: Tensor) -> Tensor:
+        """Weight of each sample, ``(B,)``; ``error`` is its mean|x_g - D_phi|."""
+        if self.weight == "adaptive":
+            return error.clamp_min(1e-5).reciprocal()
+        if self.weight == "snr":
+            snr = (teacher.process.alpha(t) / teacher.process.sigma(t)).square()
+            return (snr + teacher.sigma_data**-2).sqrt().to(error.dtype)
+        return torch.ones_like(error)
