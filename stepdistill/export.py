@@ -26,6 +26,7 @@ from diffusers import (
     LCMScheduler,
     UNet2DModel,
 )
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from .backbones.unet2d import TargetTimeUNet
@@ -190,6 +191,7 @@ def export_error(
     noise = SampleNoise(range(4), shape)
     device = next(denoiser.network.parameters()).device
     images = sampler(denoiser, noise().to(device), cond).float().cpu()
+    logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     labels = {key: value.cpu() for key, value in cond.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -70,7 +69,6 @@ def sample(
 
 
 def _student(folder: Path, device: torch.device) -> DiffusionPipeline:
-    json.loads((folder / "stepdistill.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(folder).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods import Batch, SiD
-from stepdistill.methods._shared import UniformTimes, denoising_loss
+from stepdistill.methods._shared import LogNormalTimes, RampTimes, UniformTimes, denoising_loss
 from stepdistill.methods.sid import identity_loss
 from stepdistill.process import VE, VP, Flow, Trig
 
@@ -297,6 +297,39 @@ def networks(hidden: int = 16, depth: int = 1, dtype: torch.dtype = torch.float6
     return {role: Denoiser(Net().to(dtype), Flow(), "flow", call) for role in ("teacher", "student", "fake")}
 
 
+@pytest.mark.parametrize("process", [process for process, _ in LEVELS.values()], ids=LEVELS)
+@pytest.mark.parametrize("law", ["uniform", "normal", "ramp"])
+def test_times_of_a_batch_are_evenly_spread_quantiles_of_their_law(process, law):
+    laws = {
+        "uniform": UniformTimes(low=0.2, high=0.7),
+        "normal": LogNormalTimes(mean=0.3, std=0.4),
+        "ramp": RampTimes(low_ratio=0.5, high_ratio=2.5),
+    }
+    torch.manual_seed(0)
+    t = laws[law].draw(process, torch.zeros(50, 2))
+    ratio = process.sigma(t) / process.alpha(t)
+    share = {
+        "uniform": (t - 0.2) / 0.5,
+        "normal": torch.special.ndtr((ratio.log() - 0.3) / 0.4),
+        "ramp": (ratio ** (1 / 7) - 0.5 ** (1 / 7)) / (2.5 ** (1 / 7) - 0.5 ** (1 / 7)),
+    }[law].sort()
+    torch.testing.assert_close(share.values.diff(), torch.full((49,), 1 / 50, dtype=torch.float64))
+    assert 0 <= share.values[0] < 1 / 50
+
+
+def test_ramp_of_the_paper_ends_at_its_t_max():
+    """Karras' ramp from 0.002 to 80 at 0.8 is 24.408, the highest level of SiD's generator."""
+    ramp, paper = VE(), RampTimes(low_ratio=0.002, high_ratio=24.408)
+    torch.manual_seed(0)
+    t = paper.draw(ramp, torch.zeros(10_000, 2))
+    torch.testing.assert_close(t.sort().values.diff(), torch.full((9_999,), 0.8e-4).double(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_turns_end_with_the_student_after_the_updates_of_the_fake_network(count):
+    assert [role for role, _ in SiD(fake_updates=count).turns(0)] == ["fake"] * count + ["student"]
+
+
 def gradients(net: Denoiser) -> list[torch.Tensor]:
     """The gradients that have arrived at a network, cleared."""
     found = [parameter.grad for parameter in net.network.parameters() if parameter.grad is not None]
@@ -304,7 +337,7 @@ def gradients(net: Denoiser) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("weight", ["adaptive", "one"])
+@pytest.mark.parametrize("weight", ["adaptive", "snr", "one"])
 def test_two_phases_give_the_gradient_of_one_joint_backward_pass(weight):
     torch.manual_seed(0)
     nets, batch = networks(), Batch(torch.randn(16, 8, dtype=torch.float64))
@@ -319,11 +352,15 @@ def test_two_phases_give_the_gradient_of_one_joint_backward_pass(weight):
     sigma = 2.5 / 3.5
     level = torch.full((16,), sigma, dtype=torch.float64)
     x_g = sigma * batch.noise - sigma * nets["student"].network(sigma * batch.noise, 1000 * level)
-    t = 0.02 + 0.96 * torch.rand(16, dtype=torch.float64)
+    t = 0.02 + 0.96 * ((torch.arange(16, dtype=torch.float64) / 16 + torch.rand((), dtype=torch.float64)) % 1)
     x_t = (1 - t[:, None]) * x_g + t[:, None] * torch.randn_like(x_g)
     real, fake = (x_t - t[:, None] * nets[role].network(x_t, 1000 * t) for role in ("teacher", "fake"))
-    scale = (x_g - real).abs().mean(1, keepdim=True).detach() if weight == "adaptive" else 1
-    loss = ((real - fake) * (real - x_g - 1.2 * (real - fake)) / scale).sum(1).mean()
+    weights = {
+        "adaptive": 1 / (x_g - real).abs().mean(1, keepdim=True).detach(),
+        "snr": (((1 - t) / t).square() + 1 / 0.5**2).sqrt()[:, None],
+        "one": 1.0,
+    }
+    loss = (weights[weight] * (real - fake) * (real - x_g - 1.2 * (real - fake))).sum(1).mean()
     loss.backward()
     joint = loss.detach(), gradients(nets["student"])
     torch.testing.assert_close(found[0], joint)
