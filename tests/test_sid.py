@@ -302,7 +302,7 @@ def networks(hidden: int = 16, depth: int = 1, dtype: torch.dtype = torch.float6
 def test_times_of_a_batch_are_evenly_spread_quantiles_of_their_law(process, law):
     laws = {
         "uniform": UniformTimes(low=0.2, high=0.7),
-        "normal": LogNormalTimes(mean=0.3, std=0.4),
+        "normal": LogNormalTimes(mean=0.3, std=0.2),
         "ramp": RampTimes(low_ratio=0.5, high_ratio=2.5),
     }
     torch.manual_seed(0)
@@ -310,7 +310,7 @@ def test_times_of_a_batch_are_evenly_spread_quantiles_of_their_law(process, law)
     ratio = process.sigma(t) / process.alpha(t)
     share = {
         "uniform": (t - 0.2) / 0.5,
-        "normal": torch.special.ndtr((ratio.log() - 0.3) / 0.4),
+        "normal": torch.special.ndtr((ratio.log() - 0.3) / 0.2),
         "ramp": (ratio ** (1 / 7) - 0.5 ** (1 / 7)) / (2.5 ** (1 / 7) - 0.5 ** (1 / 7)),
     }[law].sort()
     torch.testing.assert_close(share.values.diff(), torch.full((49,), 1 / 50, dtype=torch.float64))
