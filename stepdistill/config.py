@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -151,9 +152,9 @@ def parse(kind: type[C], source: str, overrides: list[str]) -> C:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        count = error.error_count()
-        lines = "\n".join(f"  {line}" for line in _explain(kind, error))
-        raise UserError(f"{path.name}: {count} invalid value{'s' if count > 1 else ''}\n{lines}") from None
+        lines = _explain(kind, error)
+        plural = "s" if len(lines) > 1 else ""
+        raise UserError("\n  ".join([f"{path.name}: {len(lines)} invalid value{plural}", *lines])) from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -184,7 +185,7 @@ def _explain(kind: type[Section], error: ValidationError) -> list[str]:
     """One line per invalid value, with the nearest known key where one is unknown."""
     known = sorted(_keys(kind))
     lines = []
-    for item in error.errors():
+    for item in _likely(error.errors()):
         location = ".".join(str(part) for part in item["loc"])
         leaf = str(item["loc"][-1]) if item["loc"] else ""
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -197,6 +198,16 @@ def _explain(kind: type[Section], error: ValidationError) -> list[str]:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be ", "must be ")
             lines.append(f"{location}: {message}, got {item['input']!r}")
     return lines
+
+
+def _likely(errors: Sequence[Any]) -> list[Any]:
+    """Where a value may be one of several kinds, pydantic reports the failure of each: keep the nearest kind's."""
+    kinds: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
+    for item in errors:
+        at = next((k for k, part in enumerate(item["loc"]) if str(part)[:1].isupper()), None)
+        place, chosen = (item["loc"], None) if at is None else (item["loc"][:at], item["loc"][at])
+        kinds.setdefault(place, {}).setdefault(chosen, []).append(item)
+    return [item for choices in kinds.values() for item in min(choices.values(), key=len)]
 
 
 def _keys(kind: type[Section]) -> set[str]:

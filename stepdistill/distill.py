@@ -80,7 +80,9 @@ class Run:
                 f"{'x'.join(map(str, self.teacher.sample_shape[-2:]))} images; remove the evaluate section"
             )
         self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision, log_with=list(training.trackers), project_dir=str(self.folder)
+            mixed_precision=training.mixed_precision,
+            log_with=list(training.trackers) or None,
+            project_dir=str(self.folder),
         )
         set_seed(config.seed, device_specific=True)
         self.data = data_free(self.teacher, config.data, self.accelerator.device)

@@ -31,8 +31,10 @@ def test_every_error_is_reported_at_once_with_suggestions():
 def test_ranges_of_the_mathematics_are_checked():
     with pytest.raises(UserError, match=r"alpha must lie in \[0, 1.5\]"):
         parse(Config, "digits_sid", ["method.alpha=7"])
-    with pytest.raises(UserError, match=r"0 <= low < high <= 1"):
-        parse(Config, "digits_sid", ["method.student_times.low=2"])
+    with pytest.raises(UserError) as caught:
+        parse(Config, "digits_sid", ["method.student_times={low: 2, high: 3}"])
+    assert "1 invalid value\n" in str(caught.value), "the other time laws are not reported"
+    assert "0 <= low < high <= 1" in str(caught.value)
 
 
 def test_unknown_method_lists_the_known_ones():

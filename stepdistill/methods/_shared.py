@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -78,6 +79,19 @@ def _uniform(like: Tensor) -> Tensor:
     """``(B,)`` numbers, each uniform on [0, 1), together spread evenly over it (Kingma et al. 2021, app. I.1)."""
     ranks = torch.arange(len(like), dtype=torch.float64, device=like.device)
     return (ranks / len(like) + torch.rand((), dtype=torch.float64, device=like.device)) % 1
+
+
+@lru_cache
+def snapped(process: NoiseProcess, t: float) -> float:
+    """The nearest time to ``t`` that a stock scheduler can name; remembered, so that no step computes it again."""
+    return process.snap(torch.tensor([t], dtype=torch.float64)).item()
+
+
+@lru_cache
+def time_at_ratio(process: NoiseProcess, ratio: float) -> float:
+    """The snapped time at which ``sigma / alpha`` is ``ratio``."""
+    log_snr = -2 * torch.tensor([ratio], dtype=torch.float64).log()
+    return snapped(process, process.time_at_log_snr(log_snr).item())
 
 
 def pixel_mean(x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..conditions import Cond, concatenate, rows
 from ..denoiser import Denoiser
 from ..process import InputScale, NoiseProcess, broadcast
 from ..samplers import StudentSampler
+from ._shared import snapped
 from .base import Batch, Loss, Method, Nets, Turn
 
 
@@ -100,10 +101,7 @@ class BOOT(Method):
         yield Turn("student", self.student_loss)
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        return StudentSampler(times=(self._start(process),), input=self.input, target_time=self.t_min)
-
-    def _start(self, process: NoiseProcess) -> float:
-        return process.snap(torch.tensor([self.t_max], dtype=torch.float64)).item()
+        return StudentSampler(times=(snapped(process, self.t_max),), input=self.input, target_time=self.t_min)
 
     def student_loss(self, nets: Nets, batch: Batch) -> Loss:
         """``|y(z, s) - sg[step of y(z, t)]|^2 + beta |y(z, t') - sg[step of D(z, t_max)]|^2``.
@@ -113,7 +111,7 @@ class BOOT(Method):
         """
         noise, cond = batch
         teacher, student = nets["teacher"], nets["student"]
-        start = noise.new_full((len(noise),), self._start(teacher.process), dtype=torch.float64)
+        start = noise.new_full((len(noise),), snapped(teacher.process, self.t_max), dtype=torch.float64)
         x_start = teacher.process.student_input(noise, start, self.input)
 
         def signal(at: Tensor, selected: slice = slice(None)) -> tuple[Tensor, Tensor, Cond]:

@@ -20,7 +20,7 @@ from ..conditions import Cond
 from ..denoiser import Denoiser
 from ..process import InputScale, NoiseProcess
 from ..samplers import StudentSampler
-from ._shared import TimeLaw, UniformTimes, denoising_loss, pixel_mean, pixel_sum
+from ._shared import TimeLaw, UniformTimes, denoising_loss, pixel_mean, pixel_sum, time_at_ratio
 from .base import Batch, Loss, Method, Nets, Turn
 
 
@@ -56,9 +56,9 @@ class SiD(Method):
     student_times: TimeLaw = UniformTimes(low=0.02, high=0.98)
     """Times at which the generator is compared with the teacher."""
     weight: Literal["adaptive", "snr", "one"] = "adaptive"
-    """``adaptive``: 1 / mean|x_g - D_phi| per sample (the paper's code).  It depends on ``x_g``, under which the score
-    identities do not hold exactly; ``snr``: ``sqrt(alpha^2 / sigma^2 + 1 / sigma_data^2)``, the same size by ``t`` alone
-    (``x_g - D_phi`` of Gaussian data), under which they do; ``one``: none, for analysis."""
+    """``adaptive``: 1 / mean|x_g - D_phi| per sample (the paper's code), which depends on ``x_g``, so that the score
+    identities hold only roughly; ``snr``: ``sqrt(alpha^2 / sigma^2 + 1 / sigma_data^2)``, of the same size for Gaussian
+    data but a function of ``t``, so that they hold; ``one``: none, for analysis."""
     fake_updates: int = 1
     """Updates of the fake network per generator update (1 in the paper)."""
     low_memory: bool = True
@@ -78,9 +78,7 @@ class SiD(Method):
         yield Turn("student", self.student_loss)
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        log_snr = -2 * torch.tensor([self.init_ratio], dtype=torch.float64).log()
-        t_init = process.snap(process.time_at_log_snr(log_snr))
-        return StudentSampler(times=(t_init.item(),), input=self.input)
+        return StudentSampler(times=(time_at_ratio(process, self.init_ratio),), input=self.input)
 
     def fake_loss(self, nets: Nets, batch: Batch) -> Loss:
         """Denoising score matching on the generator's samples (eq. 9)."""
