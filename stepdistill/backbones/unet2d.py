@@ -44,9 +44,8 @@ class TargetTimeUNet(nn.Module):
         self.target_embedding = TimestepEmbedding(inner.linear_1.in_features, inner.linear_1.out_features)
         nn.init.zeros_(self.target_embedding.linear_2.weight)
         nn.init.zeros_(self.target_embedding.linear_2.bias)
-        self.shifted = _ShiftedTimeEmbedding(inner)
         self.unet = unet
-        self.unet.register_module("time_embedding", self.shifted)
+        self.unet.register_module("time_embedding", _ShiftedTimeEmbedding(inner))
 
     def forward(
         self,
@@ -58,11 +57,12 @@ class TargetTimeUNet(nn.Module):
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """Output at state ``sample`` and label ``timestep`` for target labels ``target_label (B,)``."""
-        self.shifted.shift = self._embedding(target_label.to(sample.device), sample.dtype)
+        shifted = cast(_ShiftedTimeEmbedding, self.unet.time_embedding)
+        shifted.shift = self._embedding(target_label.to(sample.device), sample.dtype)
         try:
             return self.unet(sample, timestep, class_labels=class_labels, return_dict=return_dict)
         finally:
-            self.shifted.shift = None
+            shifted.shift = None
 
     def _embedding(self, target_label: Tensor, dtype: torch.dtype) -> Tensor:
         return self.target_embedding(self.time_proj(target_label.float()).to(dtype))
