@@ -43,29 +43,35 @@ class Checkpoints:
         if final.is_dir():
             return final
         temporary = final.with_suffix(".tmp")
-        reason = ""
-        try:
+
+        def fill() -> None:
             temporary.mkdir(parents=True, exist_ok=True)
             write(temporary)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-        if _any(accelerator, bool(reason)):
+
+        def finish() -> None:
             if accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
-            kept = f"the newest checkpoint is {self.all()[-1]}" if self.all() else "there is no earlier checkpoint"
-            raise UserError(
-                f"cannot write the checkpoint of step {step}: {reason or 'another process failed'}; {kept}. "
-                "Make room, then continue with resume=true"
-            )
-        if accelerator.is_main_process:
-            files = {f.relative_to(temporary).as_posix(): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
-            manifest = {"step": step, "identity": self.identity, "files": files}
-            (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-            temporary.rename(final)
-            for old in self.all()[: -self.kept]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
+                self._finish(temporary, final, step)
+
+        for phase in (fill, finish):
+            reason = _failure(phase)
+            if _any(accelerator, bool(reason)):
+                if accelerator.is_main_process:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                kept = f"the newest checkpoint is {self.all()[-1]}" if self.all() else "there is no earlier checkpoint"
+                raise UserError(
+                    f"cannot write the checkpoint of step {step}: {reason or 'another process failed'}; {kept}. "
+                    "Make room, then continue with resume=true"
+                )
         return final
+
+    def _finish(self, temporary: Path, final: Path, step: int) -> None:
+        """List the files, give the folder its name, and let old checkpoints go."""
+        files = {f.relative_to(temporary).as_posix(): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
+        manifest = {"step": step, "identity": self.identity, "files": files}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        temporary.rename(final)
+        for old in self.all()[: -self.kept]:
+            shutil.rmtree(old)
 
     def newest(self) -> tuple[Path, int]:
         """The newest checkpoint and its step.
@@ -75,7 +81,9 @@ class Checkpoints:
         """
         found = self.all()
         if not found:
-            raise UserError(f"nothing to resume: {self.folder} holds no checkpoint; run without resume=true")
+            raise UserError(
+                f"nothing to resume: {self.folder} holds no checkpoint; remove the folder or choose another output_dir"
+            )
         path = found[-1]
         try:
             manifest = json.loads((path / _MANIFEST).read_text())
@@ -94,6 +102,15 @@ class Checkpoints:
             )
             raise UserError(f"cannot resume: {path} was written by another run: {differences}")
         return path, step
+
+
+def _failure(action: Callable[[], object]) -> str:
+    """Why ``action`` could not write, or nothing."""
+    try:
+        action()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
 
 
 def _any(accelerator: Accelerator, flag: bool) -> bool:

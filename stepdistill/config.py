@@ -25,6 +25,7 @@ from .methods import AnyMethod
 
 C = TypeVar("C", bound="Section")
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 EnoughSamples = Annotated[int, Field(ge=20)]
 """The fewest samples a distance can be computed from: two per jackknife group."""
 
@@ -40,7 +41,7 @@ class Optimizer(Section):
 
     name: Literal["adam", "adamw"] = "adam"
     lr: PositiveFloat = 1e-5
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: tuple[Beta, Beta] = (0.0, 0.999)
     """Adam's; SiD uses beta1 = 0, DMD and BOOT 0.9."""
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
@@ -172,7 +173,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _scalar(text: str) -> Any:  # noqa: ANN401
     """A YAML value; ``1e-5``, which YAML 1.1 reads as text, is a number here."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override value {text!r} is not valid YAML: {error}") from None
     if isinstance(value, str):
         try:
             return float(value)

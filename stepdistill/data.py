@@ -40,20 +40,29 @@ class DataFree:
 
 
 def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
-    """The batches that ``data`` asks of ``teacher``.
+    """The batches that ``data`` asks of ``teacher``; see ``class_labels`` for what is refused."""
+    return draws(teacher.sample_shape, class_labels(teacher.source, teacher.classes, data), device)
+
+
+def draws(shape: tuple[int, ...], labels: list[int] | None, device: torch.device) -> DataFree:
+    """Noise of ``shape`` with uniform ``labels``."""
+    return DataFree(shape, device, None if labels is None else torch.tensor(labels, device=device))
+
+
+def class_labels(source: str, classes: int | None, data: Data) -> list[int] | None:
+    """The labels to draw from for a network with ``classes`` classes; ``None`` for an unconditional one.
 
     Raises:
-        UserError: labels that the teacher does not have, or a class-conditional teacher without labels.
+        UserError: labels that the network does not have, or a class-conditional network without labels.
     """
-    classes = teacher.classes
     if classes is None:
         if data.class_labels is not None or data.null_label is not None:
-            raise UserError(f"data.class_labels is set, but {teacher.source} is unconditional; remove it")
-        return DataFree(teacher.sample_shape, device)
+            raise UserError(f"class labels are given, but {source} is unconditional; remove them")
+        return None
     if data.class_labels is None:
-        raise UserError(f"{teacher.source} has {classes} classes; set data.class_labels=uniform or a list of labels")
+        raise UserError(f"{source} has {classes} classes; set data.class_labels=uniform or a list of labels")
     wanted = range(classes) if data.class_labels == "uniform" else data.class_labels
     labels = [label for label in wanted if label != data.null_label]
-    if not labels or max(labels) >= classes:
-        raise UserError(f"data.class_labels must lie in 0..{classes - 1}, got {list(wanted)}")
-    return DataFree(teacher.sample_shape, device, torch.tensor(labels, device=device))
+    if not labels or max(labels) >= classes or min(labels) < 0:
+        raise UserError(f"class labels of {source} must lie in 0..{classes - 1}, got {list(wanted)}")
+    return labels

@@ -59,6 +59,10 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which the scale applies; outside it is 1 (Kynkaanniemi et al. 2024)."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ValueError(f"guidance interval needs 0 <= low < high <= 1, got {self.interval}")
+
 
 @dataclass(frozen=True)
 class Denoiser:

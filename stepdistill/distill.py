@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from PIL import Image
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,8 +27,8 @@ from .denoiser import Denoiser
 from .errors import Diverged, UserError
 from .evaluation import Evaluator, Measurement
 from .export import export, plan
-from .preflight import check_launch, check_output, check_trackers
-from .report import card, grid, picture, read_history, table, usage
+from .preflight import check_evaluation, check_launch, check_output, check_trackers
+from .report import card, picture, read_history, save_grid, table, usage
 from .samplers import SampleNoise, sample_ode
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer, stop_signals
@@ -73,16 +74,14 @@ class Run:
             raise UserError(f"training.role_optimizers names {sorted(unknown)}; the roles are {sorted(roles)}")
         self.sampler = config.method.sampler(self.teacher.denoiser.process)
         self.hosted = plan(self.teacher.denoiser, self.sampler, classes=self.teacher.classes)
+        check_evaluation(config.evaluate, self.teacher)
         self.evaluator = Evaluator(config.evaluate.reference) if config.evaluate else None
-        if self.evaluator and self.teacher.sample_shape[-2:] != (8, 8):
-            raise UserError(
-                f"evaluate: {self.evaluator.extractor.name} compares 8x8 digits, the teacher makes "
-                f"{'x'.join(map(str, self.teacher.sample_shape[-2:]))} images; remove the evaluate section"
-            )
         self.accelerator = Accelerator(
             mixed_precision=training.mixed_precision,
             log_with=list(training.trackers) or None,
             project_dir=str(self.folder),
+            # The other processes wait while the main one evaluates.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
         set_seed(config.seed, device_specific=True)
         self.data = data_free(self.teacher, config.data, self.accelerator.device)
@@ -135,7 +134,9 @@ class Run:
         self.trainer.load(path)
         if self.accelerator.is_main_process:
             rows = [row for row in read_history(self._metrics) if row["step"] <= step]
-            self._metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary = self._metrics.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.replace(self._metrics)
             self._seconds = rows[-1]["seconds"] if rows else 0.0
         self.bar.update(step)
         self.accelerator.print(f"continuing {self.folder} from step {step}")
@@ -148,7 +149,6 @@ class Run:
     def train(self) -> None:
         """Train to the last step, with previews and checkpoints on the way."""
         training, trainer = self.config.training, self.trainer
-        self._resumed = time.monotonic()
         try:
             with stop_signals(trainer) as received:
                 for step in trainer.run(self.config.steps):
@@ -169,7 +169,7 @@ class Run:
                 f"stopped at step {trainer.progress.step} of {self.config.steps}; continue with the same command and "
                 "resume=true"
             )
-            raise SystemExit(128 + received[0])
+            raise SystemExit(128 + (received or [signal.SIGTERM])[0])  # another process may have got the signal
 
     def finish(self) -> Path:
         """Export the averaged student, evaluate it against the teacher, and say where everything is."""
@@ -233,9 +233,11 @@ class Run:
         folder = self.folder / "previews"
         folder.mkdir(exist_ok=True)
         if not (folder / "teacher.png").is_file():
-            _save(folder / "teacher.png", self._generate(self.trainer.frozen["teacher"], ids, 50))
+            save_grid(
+                folder / "teacher.png", self._generate(self.trainer.frozen["teacher"], ids, self.teacher.picture_steps)
+            )
         with self.trainer.averaged_weights() as student:
-            _save(folder / f"step_{step:08d}.png", self._generate(student, ids, None))
+            save_grid(folder / f"step_{step:08d}.png", self._generate(student, ids, None))
             if self.config.evaluate and self.config.evaluate.curve_samples:
                 measured = self._measure("student", student, None, self.config.evaluate.curve_samples)
                 self._log(step, {"fd": measured.distance.value})
@@ -270,9 +272,11 @@ class Run:
 
     def _picture(self, student: Denoiser) -> None:
         ids = range(_SHOWN)
-        taught = self._generate(self.trainer.frozen["teacher"], ids, 50)
+        taught = self._generate(self.trainer.frozen["teacher"], ids, self.teacher.picture_steps)
         learned = self._generate(student, ids, None)
-        title = f"{type(self.config.method).__name__}: {self.config.teacher}"
+        title = (
+            f"{type(self.config.method).__name__}: {self.config.teacher}, teacher in {self.teacher.picture_steps} steps"
+        )
         picture(self.folder / _PICTURE, taught, learned, read_history(self._metrics), title=title)
         shutil.copyfile(self.folder / _PICTURE, self.student_folder / _PICTURE)
 
@@ -289,8 +293,3 @@ class Run:
 
 def _every(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _save(path: Path, images: Tensor) -> None:
-    pixels = grid(images).numpy()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)

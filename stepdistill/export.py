@@ -86,6 +86,8 @@ def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) ->
     if len(sampler.times) != 1:
         raise UserError(f"export takes one-step students, this one has {len(sampler.times)} steps")
     student = one_step_map(denoiser, sampler)
+    if not math.isclose(student.input, 1.0, rel_tol=1e-12):
+        _refuse_unscalable(denoiser.network)
     nearest = round(student.label)
     label = nearest if nearest >= 1 and math.isclose(nearest, student.label, abs_tol=1e-6) else 1
     if abs(student.direct - 1) < 1e-6:  # x0 = noise - output: no DDPM table has alpha = 1, a flow step does this
@@ -134,7 +136,6 @@ def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan) -> 
     for parameter in network.conv_out.parameters():
         parameter.mul_(scale)
     if not math.isclose(hosted.map.input, 1.0, rel_tol=1e-12):
-        _refuse_unscalable(network)
         network.conv_in.weight.mul_(hosted.map.input)
     if abs(hosted.map.label - hosted.label) > 1e-6:
         labels = torch.tensor([hosted.map.label, hosted.label], device=network.device, dtype=torch.float64)
@@ -144,8 +145,8 @@ def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan) -> 
     return network
 
 
-def _refuse_unscalable(network: UNet2DModel) -> None:
-    config = network.config
+def _refuse_unscalable(network: nn.Module) -> None:
+    config = cast(UNet2DModel, network.unet if isinstance(network, TargetTimeUNet) else network).config
     if config["center_input_sample"] or any("Skip" in block for block in config["down_block_types"]):
         raise UserError(
             "this UNet uses its input beside the first convolution (center_input_sample or Skip blocks), so the "
@@ -188,13 +189,13 @@ def export_error(
     denoiser: Denoiser, sampler: StudentSampler, folder: Path, *, shape: tuple[int, ...], cond: Cond
 ) -> float:
     """Largest difference in [0, 1] between the reloaded pipeline's images and the sampler's, over four samples."""
-    noise = SampleNoise(range(4), shape)
-    device = next(denoiser.network.parameters()).device
-    images = sampler(denoiser, noise().to(device), cond).float().cpu()
+    # Both sides on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would.
+    student = replace(denoiser, network=copy.deepcopy(denoiser.network).cpu())
+    labels = {key: value.cpu() for key, value in cond.items()}
+    images = sampler(student, SampleNoise(range(4), shape)(), labels)
     logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    labels = {key: value.cpu() for key, value in cond.items()}
     generators = SampleNoise(range(4), shape).generators
     output = pipeline(  # type: ignore[operator]
         batch_size=4, num_inference_steps=1, generator=generators, output_type="np", **labels

@@ -6,9 +6,13 @@ import importlib.util
 import os
 from pathlib import Path
 
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, str_to_bool
 
+from .config import Evaluate
 from .errors import UserError
+from .features import DigitsExtractor
+from .samplers import teacher_grid
+from .teacher import Teacher
 
 
 def check_launch() -> None:
@@ -18,7 +22,7 @@ def check_launch() -> None:
         UserError: accelerate was asked for several processes (it sets MASTER_PORT) but started no group (no
             WORLD_SIZE, no MPI).
     """
-    asked = "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ
+    asked = "MASTER_PORT" in os.environ and str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
     started = any(
         name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     )
@@ -56,3 +60,23 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise UserError(f"training.trackers: {name!r} is not one of {', '.join(known)}")
         if importlib.util.find_spec(name) is None:
             raise UserError(f"training.trackers: {name} is not installed; pip install {name}")
+
+
+def check_evaluation(evaluate: Evaluate | None, teacher: Teacher) -> None:
+    """Refuse an evaluation that the metric or the teacher cannot do.
+
+    Raises:
+        UserError: images that the metric does not compare, or more steps than the teacher has levels.
+    """
+    if evaluate is None:
+        return
+    if teacher.sample_shape[-2:] != (8, 8):
+        size = "x".join(str(side) for side in teacher.sample_shape[-2:])
+        raise UserError(
+            f"evaluate: {DigitsExtractor.name} compares 8x8 digits, the teacher makes {size} images; set evaluate=null"
+        )
+    try:
+        for steps in evaluate.teacher_steps:
+            teacher_grid(teacher.denoiser.process, steps)
+    except ValueError as error:
+        raise UserError(f"evaluate.teacher_steps: {error}") from None

@@ -103,7 +103,9 @@ class VP(NoiseProcess):
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.ndim != 1 or len(table) < 2 or not bool((table.diff() < 0).all()):
-            raise ValueError(f"alphas_cumprod must be a strictly decreasing (N >= 2,) table, got {tuple(table.shape)}")
+            raise ValueError(
+                f"alphas_cumprod must be a strictly decreasing (N >= 2,) table, got shape {tuple(table.shape)}: {table}"
+            )
         if not (table[0] < 1 and table[-1] >= 0):
             raise ValueError(f"alphas_cumprod must lie in [0, 1), got {table[-1].item()} to {table[0].item()}")
 

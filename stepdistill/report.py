@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import matplotlib as mpl
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 from torch import Tensor
 
 from . import __version__
@@ -29,6 +31,12 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
     return to_uint8(tiles.reshape(channels, rows * (height + 1), columns * (width + 1))).permute(1, 2, 0).cpu()
 
 
+def save_grid(path: Path, images: Tensor) -> None:
+    """Write ``grid(images)`` as a picture."""
+    pixels = grid(images).numpy()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+
+
 def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str, float]], *, title: str) -> None:
     """Teacher and student from the same noise, side by side, above the training curve."""
     figure, axes = plt.subplot_mosaic(
@@ -38,7 +46,7 @@ def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str
         shown = grid(images)
         axes[name].imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=255)
         axes[name].set_axis_off()
-    axes["teacher"].set_title("teacher, 50 steps")
+    axes["teacher"].set_title("teacher")
     axes["student"].set_title("student, 1 step, same noise")
     _curve(axes["curve"], history)
     figure.suptitle(title)
@@ -88,8 +96,9 @@ def usage(folder: Path) -> str:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The rows of ``metrics.jsonl``; a last line that a killed run wrote half of is left out."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def card(config: Config, rows: list[Measurement], metric: str, *, paper: str, picture_name: str | None) -> ModelCard:
@@ -104,7 +113,7 @@ def card(config: Config, rows: list[Measurement], metric: str, *, paper: str, pi
     )
     numbers = f"```\n{table(rows, metric)}\n```\n" if rows else "Not evaluated.\n"
     shown = f"![teacher and student from the same noise]({picture_name})\n\n" if picture_name else ""
-    recipe = json.dumps(config.dump()["method"], indent=1)
+    recipe = yaml.safe_dump(config.dump(), sort_keys=False)
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# One-step student of {config.teacher}\n\n"
@@ -113,6 +122,5 @@ def card(config: Config, rows: list[Measurement], metric: str, *, paper: str, pi
         f"{shown}"
         f"## Use\n\n```python\n{usage(Path('PATH_OR_REPO'))}\n```\n\n"
         f"## Numbers\n\n{numbers}\n"
-        f"## Recipe\n\n{config.steps} steps of {config.training.batch_size} samples, seed {config.seed}; method:\n\n"
-        f"```json\n{recipe}\n```\n"
+        f"## Recipe\n\n`stepdistill distill --config recipe.yaml` with\n\n```yaml\n{recipe}```\n"
     )

@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .config import Data
-from .data import DataFree, data_free
+from .data import class_labels, data_free, draws
 from .errors import UserError
+from .evaluation import Generate
 from .images import to_uint8
-from .samplers import SampleNoise, Solver, sample_ode
+from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
 from .teacher import load_teacher
 
 
@@ -44,39 +45,62 @@ def sample(
     Raises:
         UserError: no such pipeline, or ``output`` holds something.
     """
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} is not empty; choose another --out")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder; choose another --out")
+    if labels is not None and min(labels) < 0:
+        raise UserError(f"--labels must not be negative, got {list(labels)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = load_teacher(source)
-    wanted = labels if labels is not None else ("uniform" if teacher.classes is not None else None)
-    data = data_free(teacher, Data(class_labels=wanted), device)
-    student = _student(Path(source), device) if (Path(source) / "stepdistill.json").is_file() else None
-    teacher.network.to(device)  # type: ignore[arg-type]
+    if (Path(source) / "stepdistill.json").is_file():
+        generate = _student(source, labels, device)
+    else:
+        generate = _teacher(source, labels, device, steps, solver)
     output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=count, desc="sample", mininterval=1) as bar, torch.no_grad():
         for start in range(first_id, first_id + count, batch_size):
             ids = range(start, min(start + batch_size, first_id + count))
-            noise = SampleNoise(ids, data.shape, device=device)
-            if student is not None:
-                images = _run(student, noise, data, ids)
-            else:
-                images = sample_ode(teacher.denoiser, noise(), steps, data.cond(ids), solver=solver)
-            for index, pixels in zip(ids, to_uint8(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+            for index, pixels in zip(ids, to_uint8(generate(ids)).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
                 grey = pixels.shape[-1] == 1
                 Image.fromarray(pixels[..., 0] if grey else pixels).save(output / f"{index:06d}.png")
             bar.update(len(ids))
     return output
 
 
-def _student(folder: Path, device: torch.device) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(folder).to(device)
+def _asked(labels: tuple[int, ...] | None, classes: int | None) -> Data:
+    return Data(class_labels=labels if labels is not None else "uniform" if classes is not None else None)
+
+
+def _student(source: str, labels: tuple[int, ...] | None, device: torch.device) -> Generate:
+    """The student's own pipeline on the samples' generators."""
+    pipeline = DiffusionPipeline.from_pretrained(source).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    config = pipeline.unet.config  # type: ignore[attr-defined]
+    classes, size = config["num_class_embeds"], config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    shape = (config["in_channels"], height, width)
+    data = draws(shape, class_labels(source, classes, _asked(labels, classes)), device)
+
+    def generate(ids: range) -> Tensor:
+        generators = SampleNoise(ids, shape).generators
+        images = pipeline(  # type: ignore[operator]
+            batch_size=len(ids), num_inference_steps=1, generator=generators, output_type="np", **data.cond(ids)
+        ).images
+        return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+
+    return generate
 
 
-def _run(pipeline: DiffusionPipeline, noise: SampleNoise, data: DataFree, ids: range) -> Tensor:
-    """The student's own pipeline on the samples' generators, ``(B, C, H, W)`` in [-1, 1]."""
-    images = pipeline(  # type: ignore[operator]
-        batch_size=len(ids), num_inference_steps=1, generator=noise.generators, output_type="np", **data.cond(ids)
-    ).images
-    return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+def _teacher(source: str, labels: tuple[int, ...] | None, device: torch.device, steps: int, solver: Solver) -> Generate:
+    """A teacher's ODE in ``steps`` steps."""
+    teacher = load_teacher(source)
+    data = data_free(teacher, _asked(labels, teacher.classes), device)
+    try:
+        teacher_grid(teacher.denoiser.process, steps)
+    except ValueError as error:
+        raise UserError(f"--steps: {error}") from None
+    teacher.network.to(device)  # type: ignore[arg-type]
+
+    def generate(ids: range) -> Tensor:
+        noise = SampleNoise(ids, data.shape, device=device)()
+        return sample_ode(teacher.denoiser, noise, steps, data.cond(ids), solver=solver)
+
+    return generate

@@ -189,18 +189,19 @@ class StudentSampler:
         """``cond`` and, for a network with two times, the label of the target time."""
         if self.target_time is None:
             return cond
-        return {**cond, "target_label": process.label(like.new_full((len(like),), self.target_time))}
+        return {
+            **cond,
+            "target_label": process.label(like.new_full((len(like),), self.target_time, dtype=torch.float64)),
+        }
 
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, renoise: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """``(B, ...)`` samples from standard normal ``noise``; later levels take fresh noise from ``renoise``."""
-        grid = torch.tensor(self.times, dtype=torch.float64).to(noise.device)
         cond = self.cond(denoiser.process, cond, noise)
-        t = grid[0].expand(len(noise))
+        t, *levels = (noise.new_full((len(noise),), time, dtype=torch.float64) for time in self.times)
         x0 = denoiser(denoiser.process.student_input(noise, t, self.input), t, cond).x0
-        for level in grid[1:]:
-            t = level.expand(len(noise))
+        for t in levels:
             fresh = torch.randn_like(noise) if renoise is None else renoise()
             x0 = denoiser(denoiser.process.add_noise(x0, fresh, t), t, cond).x0
         return x0

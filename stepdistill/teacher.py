@@ -11,12 +11,14 @@ import diffusers
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import SafetensorError
 
 from .backbones import unet2d
 from .bundled import BUILTIN, bundled
 from .config import Data
 from .denoiser import Denoiser, Guidance
 from .errors import UserError
+from .process import VP
 from .schedulers import SUPPORTED, read_scheduler
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
@@ -31,14 +33,18 @@ class Teacher:
 
     source: str
     """Folder or hub id as the user gave it."""
-    folder: Path
-    """The local pipeline folder."""
     denoiser: Denoiser
     network: UNet2DModel
     sample_shape: tuple[int, ...]
     """``(C, H, W)`` of one sample."""
     classes: int | None
     """Number of class labels; ``None`` for an unconditional network."""
+
+    @property
+    def picture_steps(self) -> int:
+        """Steps for pictures of this teacher: 50, or every entry of a shorter table."""
+        process = self.denoiser.process
+        return min(50, len(process.alphas_cumprod)) if isinstance(process, VP) else 50
 
     def guided(self, data: Data) -> Denoiser:
         """The denoiser with the guidance that ``data`` asks for."""
@@ -50,6 +56,9 @@ class Teacher:
                 f"the label that means 'no class'; {self.source} has "
                 + (f"labels 0..{self.classes - 1}, null_label={data.null_label}" if self.classes else "no classes")
             )
+        low, high = data.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise UserError(f"data.guidance_interval needs 0 <= low < high <= 1, got {[low, high]}")
         uncond = {"class_labels": torch.tensor([data.null_label], device=self.network.device)}
         return replace(self.denoiser, guidance=Guidance(data.guidance_scale, uncond, data.guidance_interval))
 
@@ -68,14 +77,16 @@ def load_teacher(source: str) -> Teacher:
     index = _index(folder / "model_index.json", source)
     unet_config = _json(folder / "unet" / "config.json", source)
     _check_unet(unet_config, source)
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
-    reading = read_scheduler(scheduler)
-    network = UNet2DModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
+    _json(folder / "scheduler" / "scheduler_config.json", source)
+    reading = read_scheduler(getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler"))
+    try:
+        network = UNet2DModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{source}: cannot read the weights in unet/: {str(error).splitlines()[0]}") from None
     size = network.config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return Teacher(
         source=source,
-        folder=folder,
         denoiser=Denoiser(network, **reading, call=unet2d.call),
         network=network,
         sample_shape=(network.config["in_channels"], height, width),
@@ -135,9 +146,10 @@ def _json(path: Path, source: str) -> dict:
 
 
 def _check_unet(config: dict, source: str) -> None:
-    if config["in_channels"] != config["out_channels"]:
+    channels = config.get("in_channels"), config.get("out_channels")
+    if channels[0] is None or channels[0] != channels[1]:
         raise UserError(
-            f"{source}: the UNet maps {config['in_channels']} to {config['out_channels']} channels; networks that "
+            f"{source}: the UNet maps {channels[0]} to {channels[1]} channels; networks that "
             "also predict a variance are not supported"
         )
     if config.get("time_embedding_type", "positional") != "positional" or config.get("class_embed_type"):

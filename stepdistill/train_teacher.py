@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,6 +28,7 @@ from .errors import UserError
 from .evaluation import Evaluator
 from .images import load_images, to_float
 from .methods._shared import UniformTimes, denoising_loss
+from .preflight import check_launch
 from .samplers import SampleNoise, sample_ode
 from .schedulers import read_scheduler
 
@@ -43,8 +44,8 @@ class TeacherConfig(Section):
     steps: PositiveInt = 10_000
     batch_size: PositiveInt = 128
     lr: PositiveFloat = 1e-3
-    warmup_steps: int = 200
-    ema_decay: float = 0.999
+    warmup_steps: NonNegativeInt = 200
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
     unet: dict[str, Any]
     """Arguments of ``diffusers.UNet2DModel``."""
     scheduler: dict[str, Any] = Field(default_factory=dict)
@@ -60,10 +61,16 @@ def train_teacher(config: TeacherConfig) -> Path:
     if config.output_dir.exists():
         raise UserError(f"{config.output_dir} exists; choose another output_dir or remove it")
     images = to_float(load_images(config.images))
+    check_launch()
     accelerator = Accelerator()
     set_seed(config.seed)
-    scheduler = DDPMScheduler(**config.scheduler)
-    unet = UNet2DModel(**config.unet)
+    try:
+        scheduler = DDPMScheduler(**config.scheduler)
+        unet = UNet2DModel(**config.unet)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the unet or scheduler section cannot be built: {error}") from None
+    if config.evaluate_samples:
+        Evaluator(config.images)  # refuses images that the metric does not know before the training
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.lr, fused=True)
     lr_schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
@@ -71,6 +78,8 @@ def train_teacher(config: TeacherConfig) -> Path:
     network, optimizer = accelerator.prepare(unet, optimizer)
     ema = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     teacher = Denoiser(network, **read_scheduler(scheduler), call=unet2d.call)
+    if accelerator.num_processes > 1:
+        set_seed(config.seed, device_specific=True)  # one network, other images on every process
     images, times = images.to(accelerator.device), UniformTimes(low=0.0, high=1.0)
     started = time.monotonic()
     for _ in tqdm(range(config.steps), desc="teacher", mininterval=2, disable=not accelerator.is_main_process):

@@ -91,19 +91,21 @@ class Trainer:
 
     def step(self) -> dict[str, Tensor]:
         """Every turn of the method once; the logged scalars of this process, on the device."""
-        log: dict[str, Tensor] = {}
+        logs: dict[str, list[Tensor]] = {}
         rounds = self.training.gradient_accumulation
         for role, loss in self.method.turns(self.progress.step):
-            watched: dict[str, Tensor] = {}
             for k in range(rounds):
                 with self._synchronised(role, last=k == rounds - 1):
                     with self.accelerator.autocast():
                         value, watched = loss(self.nets[role], self.batches(self.training.batch_size))
                     self.accelerator.backward(value / rounds)
+                for key, scalar in watched.items():
+                    logs.setdefault(f"{role}/{key}", []).append(scalar)
             self._update(role)
-            log |= {f"{role}/{key}": scalar for key, scalar in watched.items()}
+        for schedule in self.schedules.values():
+            schedule.step()
         self.progress.step += 1
-        return log
+        return {name: torch.stack(scalars).mean() for name, scalars in logs.items()}
 
     def _synchronised(self, role: str, *, last: bool) -> AbstractContextManager[Any]:
         """Gradients are exchanged between processes in the last micro-batch only."""
@@ -116,7 +118,6 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.learners[role].parameters(), self.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        self.schedules[role].step()
         if role == "student" and self.ema is not None and self.training.ema_halflife_images is not None:
             # SiD's ramp: the half-life is at most 5 % of the images so far.
             images = (self.progress.step + 1) * self.images_per_step

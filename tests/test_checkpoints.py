@@ -40,6 +40,16 @@ def test_full_disk_leaves_the_older_checkpoint_and_no_debris(store):
     assert store.newest()[1] == 1
 
 
+def test_full_disk_while_the_manifest_is_written_is_the_same(store, monkeypatch):
+    save(store, 1)
+    monkeypatch.setattr(
+        Checkpoints, "_finish", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+    )
+    with pytest.raises(UserError, match=r"No space left.*step_00000001"):
+        save(store, 2)
+    assert [path.name for path in store.folder.iterdir()] == ["step_00000001"]
+
+
 def test_empty_folder_cannot_be_resumed(store):
     with pytest.raises(UserError, match="no checkpoint"):
         store.newest()

@@ -52,10 +52,14 @@ def same(a, b):
 @pytest.mark.parametrize("kind", ["ddpm", "v", "x0", "flow", "edm"])
 def test_every_kind_of_teacher_becomes_a_student(kind, teachers, tmp_path):
     folder = tmp_path / "run"
-    options = ["method.low_memory=true"] if kind == "ddpm" else []
+    options = ["method.low_memory=true", "method.input=sigma", "method.init_ratio=2.5"] if kind == "ddpm" else []
+    options += ["method.input=sigma"] if kind == "edm" else []
     assert run(f"teacher={teachers(kind)}", f"output_dir={folder}", "steps=2", *options) == 0
     assert (folder / "student/model_index.json").is_file()
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", str(folder / "student"), "--out", str(tmp_path / "images"), "--count", "2"])
+    assert stopped.value.code == 0
     card = (folder / "student/README.md").read_text()
     assert "library_name: diffusers" in card
     assert "DiffusionPipeline.from_pretrained" in card
@@ -155,6 +159,11 @@ def test_bad_input_is_refused_before_anything_is_written(teachers, tmp_path, cap
         "training.trackers: 'wandbb' is not one of": [f"teacher={teachers()}", "training.trackers=[wandbb]"],
         "names ['critic']": [f"teacher={teachers()}", "training.role_optimizers={critic: {lr: 1}}"],
         "did you mean steps?": [f"teacher={teachers()}", "stepps=4"],
+        "is not valid YAML": [f"teacher={teachers()}", "training.trackers=[a"],
+        "at most the 1000 entries": [
+            f"teacher={teachers()}",
+            "evaluate={reference: 'builtin:digits', teacher_steps: [2000]}",
+        ],
     }
     for message, overrides in cases.items():
         assert run(f"output_dir={folder}", "steps=1", *overrides) == 2

@@ -76,6 +76,14 @@ def test_bad_teachers_are_refused_with_what_is_supported(teachers, tmp_path):
         load_teacher(broken(good, tmp_path / "c", "model_index.json", unet=["diffusers", "UNet2DConditionModel"]))
     with pytest.raises(UserError, match="1 to 2 channels"):
         load_teacher(broken(good, tmp_path / "d", "unet/config.json", out_channels=2))
+    lacking = tmp_path / "g"
+    shutil.copytree(good, lacking)
+    (lacking / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="cannot read the weights"):
+        load_teacher(str(lacking))
+    shutil.rmtree(lacking / "scheduler")
+    with pytest.raises(UserError, match=r"cannot read scheduler/scheduler_config\.json"):
+        load_teacher(str(lacking))
     with pytest.raises(UserError, match="positional time"):
         load_teacher(broken(good, tmp_path / "e", "unet/config.json", time_embedding_type="fourier"))
 

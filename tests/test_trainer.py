@@ -254,6 +254,21 @@ def test_learning_rate_warms_up_and_decays():
     assert rates == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
 
 
+def test_learning_rate_counts_steps_and_not_updates():
+    trainer = build(SiD(fake_updates=3), lr_schedule="linear", steps=4)
+    for _ in range(2):
+        trainer.step()
+    assert [trainer.schedules[role].get_last_lr()[0] for role in ("fake", "student")] == pytest.approx([5e-4, 5e-4])
+
+
+def test_every_micro_batch_and_repeated_turn_is_watched():
+    values = iter([1.0, float("nan"), 3.0, 4.0])
+    trainer = build(Regression(), gradient_accumulation=4)
+    trainer.batches = lambda size: Batch(torch.full((size, 1, 8, 8), next(values)))
+    with pytest.raises(Diverged, match="step 1: student/regression is nan"):
+        list(trainer.run(1))
+
+
 def test_bf16_runs_and_keeps_weights_and_losses_in_float32():
     logs = []
     teacher = Denoiser(tiny_unet(), PROCESS, "eps", unet2d.call)
@@ -274,7 +289,9 @@ def test_bf16_runs_and_keeps_weights_and_losses_in_float32():
     )
     kinds = set()
     trainer.student.conv_in.register_forward_hook(lambda module, args, out: kinds.add(out.dtype))
+    before = weights(trainer.student)
     list(trainer.run(2))
+    assert not torch.equal(weights(trainer.student), before)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert kinds == {torch.bfloat16}
     assert len(logs) == 2

@@ -73,6 +73,8 @@ class BOOT(Method):
     def __post_init__(self) -> None:
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ValueError(f"times need 0 <= t_min < t_max <= 1, got t_min={self.t_min}, t_max={self.t_max}")
+        if not self.boundary_weight > 0:
+            raise ValueError(f"boundary_weight must be positive, got {self.boundary_weight}")
         if self.teacher_steps < 1:
             raise ValueError(f"teacher_steps must be at least 1, got {self.teacher_steps}")
         if not 0 < self.boundary_fraction <= 1:

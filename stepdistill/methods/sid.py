@@ -69,7 +69,7 @@ class SiD(Method):
             raise ValueError(f"alpha must lie in [0, 1.5] (the paper uses 0.5 to 1.2), got {self.alpha}")
         if self.fake_updates < 1:
             raise ValueError(f"fake_updates must be at least 1, got {self.fake_updates}")
-        if self.init_ratio <= 0:
+        if not 0 < self.init_ratio < float("inf"):
             raise ValueError(f"init_ratio must be positive, got {self.init_ratio}")
 
     def turns(self, step: int) -> Iterator[Turn]:
