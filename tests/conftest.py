@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,15 +44,17 @@ def tiny_unet(*, seed: int = 0, **options) -> UNet2DModel:
 
 def make_teacher(folder: Path, kind: str = "ddpm") -> Path:
     """Save a tiny pipeline: ddpm, ddim, v, x0, consistency (class-conditional), flow or edm."""
-    ddim = DDIMScheduler(clip_sample=False)
+    ddim: Any = DDIMScheduler(clip_sample=False)
+    flow: Any = FlowMatchEulerDiscreteScheduler()
+    edm: Any = EDMEulerScheduler()
     pipelines = {
         "ddpm": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler(clip_sample=False)),
         "ddim": lambda: DDIMPipeline(tiny_unet(), ddim),
         "v": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler(prediction_type="v_prediction", clip_sample=False)),
         "x0": lambda: DDPMPipeline(tiny_unet(), DDPMScheduler(prediction_type="sample", clip_sample=False)),
         "consistency": lambda: ConsistencyModelPipeline(tiny_unet(num_class_embeds=4), ddim),
-        "flow": lambda: DDPMPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler()),
-        "edm": lambda: ConsistencyModelPipeline(tiny_unet(), EDMEulerScheduler()),
+        "flow": lambda: DDPMPipeline(tiny_unet(), flow),
+        "edm": lambda: ConsistencyModelPipeline(tiny_unet(), edm),
     }
     pipelines[kind]().save_pretrained(folder)
     return folder

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from typing import cast
 
 import pytest
 import torch
 from conftest import tiny_unet
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from stepdistill.backbones import unet2d
@@ -60,7 +61,7 @@ def test_exported_sid_student_is_its_sampler_for_every_process_and_target(proces
 )
 def test_exported_boot_student_is_its_sampler_with_the_target_time_folded(process, target, t_max, tmp_path):
     denoiser = student(process, target)
-    network = unet2d.TargetTimeUNet(denoiser.network)
+    network = unet2d.TargetTimeUNet(cast(UNet2DModel, denoiser.network))
     torch.nn.init.normal_(network.target_embedding.linear_2.weight, std=0.3)
     denoiser = Denoiser(network.eval(), process, target, unet2d.call)
     sampler = BOOT(t_max=t_max).sampler(process)
