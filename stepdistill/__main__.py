@@ -142,9 +142,9 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _configs(name: str | None) -> None:
-    from .bundled import bundled
+    from .bundled import bundled_configs
 
-    recipes = {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
+    recipes = bundled_configs()
     if name is None:
         print("\n".join(recipes))
     elif name in recipes:

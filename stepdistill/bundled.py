@@ -18,3 +18,8 @@ def bundled(kind: Literal["configs", "pipelines", "assets"]) -> Path:
         return _PACKAGE / "assets"
     installed, checkout = _PACKAGE / f"_{kind}", _PACKAGE.parent / kind
     return installed if installed.is_dir() else checkout
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The bundled recipes by name."""
+    return {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}

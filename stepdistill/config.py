@@ -19,7 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
-from .bundled import bundled
+from .bundled import bundled_configs
 from .errors import UserError
 from .methods import AnyMethod
 
@@ -124,11 +124,6 @@ class Config(Section):
     def dump(self) -> dict[str, Any]:
         """The configuration as plain YAML values; loading it again gives the same run."""
         return self.model_dump(mode="json", exclude={"resume"})
-
-
-def bundled_configs() -> dict[str, Path]:
-    """The bundled recipes by name."""
-    return {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
 
 
 def parse(kind: type[C], source: str, overrides: list[str]) -> C:

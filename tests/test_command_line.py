@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from stepdistill.__main__ import main
-from stepdistill.config import bundled_configs
+from stepdistill.bundled import bundled_configs
 from stepdistill.methods import AnyMethod
 
 COMMANDS = ["distill", "teacher", "sample", "fid", "configs", "methods"]

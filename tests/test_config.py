@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from stepdistill.config import Config, bundled_configs, parse
+from stepdistill.bundled import bundled_configs
+from stepdistill.config import Config, parse
 from stepdistill.errors import UserError
 from stepdistill.methods import BOOT, SiD
 from stepdistill.train_teacher import TeacherConfig
