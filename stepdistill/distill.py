@@ -28,7 +28,7 @@ from .errors import Diverged, UserError
 from .evaluation import Evaluator, Measurement
 from .export import export, plan
 from .preflight import check_evaluation, check_launch, check_output, check_trackers
-from .report import card, picture, read_history, save_grid, table, usage
+from .report import card, grid, picture, read_history, table, usage
 from .samplers import SampleNoise, sample_ode
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer, stop_signals
@@ -233,11 +233,10 @@ class Run:
         folder = self.folder / "previews"
         folder.mkdir(exist_ok=True)
         if not (folder / "teacher.png").is_file():
-            save_grid(
-                folder / "teacher.png", self._generate(self.trainer.frozen["teacher"], ids, self.teacher.picture_steps)
-            )
+            taught = self._generate(self.trainer.frozen["teacher"], ids, self.teacher.picture_steps)
+            grid(taught).save(folder / "teacher.png")
         with self.trainer.averaged_weights() as student:
-            save_grid(folder / f"step_{step:08d}.png", self._generate(student, ids, None))
+            grid(self._generate(student, ids, None)).save(folder / f"step_{step:08d}.png")
             if self.config.evaluate and self.config.evaluate.curve_samples:
                 measured = self._measure("student", student, None, self.config.evaluate.curve_samples)
                 self._log(step, {"fd": measured.distance.value})

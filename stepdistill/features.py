@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
@@ -12,18 +10,6 @@ from torch import Tensor, nn
 from .bundled import bundled
 from .errors import UserError
 from .images import to_float
-
-
-class Extractor(Protocol):
-    """Images in, features out."""
-
-    name: str
-    """Name of the metric that these features define; goes into every result."""
-    dimension: int
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 ``(N, C, H, W)`` to float64 ``(N, dimension)``."""
-        ...
 
 
 class DigitsNet(nn.Module):

@@ -25,6 +25,12 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def to_picture(image: Tensor) -> Image.Image:
+    """One uint8 ``(C, H, W)`` image, C = 1 or 3, as a Pillow picture."""
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
 def load_images(source: str | Path) -> Tensor:
     """All images of ``source`` as uint8 ``(N, C, H, W)``, C = 1 or 3.
 

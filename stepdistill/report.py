@@ -14,27 +14,21 @@ from torch import Tensor
 from . import __version__
 from .config import Config
 from .evaluation import Measurement
-from .images import to_uint8
+from .images import to_picture, to_uint8
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """``(N, C, H, W)`` in [-1, 1] as one uint8 ``(H', W', C)`` picture with a one-pixel frame."""
+def grid(images: Tensor, columns: int = 8) -> Image.Image:
+    """``(N, C, H, W)`` in [-1, 1] as one picture with a one-pixel frame."""
     count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
     tiles = images.new_ones(rows * columns, channels, height + 1, width + 1)
     tiles[:count, :, :height, :width] = images
     tiles = tiles.reshape(rows, columns, channels, height + 1, width + 1).permute(2, 0, 3, 1, 4)
-    return to_uint8(tiles.reshape(channels, rows * (height + 1), columns * (width + 1))).permute(1, 2, 0).cpu()
-
-
-def save_grid(path: Path, images: Tensor) -> None:
-    """Write ``grid(images)`` as a picture."""
-    pixels = grid(images).numpy()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    return to_picture(to_uint8(tiles.reshape(channels, rows * (height + 1), columns * (width + 1))))
 
 
 def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str, float]], *, title: str) -> None:
@@ -43,8 +37,7 @@ def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str
         [["teacher", "student"], ["curve", "curve"]], figsize=(8, 7), height_ratios=[5, 3]
     )
     for name, images in (("teacher", teacher), ("student", student)):
-        shown = grid(images)
-        axes[name].imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=255)
+        axes[name].imshow(grid(images), cmap="gray", vmin=0, vmax=255)
         axes[name].set_axis_off()
     axes["teacher"].set_title("teacher")
     axes["student"].set_title("student, 1 step, same noise")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
-from PIL import Image
+from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .backbones import unet2d
 from .config import Data
 from .data import class_labels, data_free, draws
 from .errors import UserError
 from .evaluation import Generate
-from .images import to_uint8
+from .images import to_picture, to_uint8
 from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
 from .teacher import load_teacher
 
@@ -58,9 +58,8 @@ def sample(
     with tqdm(total=count, desc="sample", mininterval=1) as bar, torch.no_grad():
         for start in range(first_id, first_id + count, batch_size):
             ids = range(start, min(start + batch_size, first_id + count))
-            for index, pixels in zip(ids, to_uint8(generate(ids)).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                grey = pixels.shape[-1] == 1
-                Image.fromarray(pixels[..., 0] if grey else pixels).save(output / f"{index:06d}.png")
+            for index, image in zip(ids, to_uint8(generate(ids)), strict=True):
+                to_picture(image).save(output / f"{index:06d}.png")
             bar.update(len(ids))
     return output
 
@@ -73,10 +72,8 @@ def _student(source: str, labels: tuple[int, ...] | None, device: torch.device) 
     """The student's own pipeline on the samples' generators."""
     pipeline = DiffusionPipeline.from_pretrained(source).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    config = pipeline.unet.config  # type: ignore[attr-defined]
-    classes, size = config["num_class_embeds"], config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (config["in_channels"], height, width)
+    unet: UNet2DModel = pipeline.unet  # type: ignore[attr-defined]
+    classes, shape = unet.config["num_class_embeds"], unet2d.sample_shape(unet)
     data = draws(shape, class_labels(source, classes, _asked(labels, classes)), device)
 
     def generate(ids: range) -> Tensor:

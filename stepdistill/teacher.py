@@ -56,11 +56,12 @@ class Teacher:
                 f"the label that means 'no class'; {self.source} has "
                 + (f"labels 0..{self.classes - 1}, null_label={data.null_label}" if self.classes else "no classes")
             )
-        low, high = data.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise UserError(f"data.guidance_interval needs 0 <= low < high <= 1, got {[low, high]}")
         uncond = {"class_labels": torch.tensor([data.null_label], device=self.network.device)}
-        return replace(self.denoiser, guidance=Guidance(data.guidance_scale, uncond, data.guidance_interval))
+        try:
+            guidance = Guidance(data.guidance_scale, uncond, data.guidance_interval)
+        except ValueError as error:
+            raise UserError(f"data.guidance_interval: {error}") from None
+        return replace(self.denoiser, guidance=guidance)
 
 
 def load_teacher(source: str) -> Teacher:
@@ -83,13 +84,11 @@ def load_teacher(source: str) -> Teacher:
         network = UNet2DModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: cannot read the weights in unet/: {str(error).splitlines()[0]}") from None
-    size = network.config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
     return Teacher(
         source=source,
         denoiser=Denoiser(network, **reading, call=unet2d.call),
         network=network,
-        sample_shape=(network.config["in_channels"], height, width),
+        sample_shape=unet2d.sample_shape(network),
         classes=network.config["num_class_embeds"],
     )
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -138,7 +138,7 @@ class Trainer:
         while self.progress.step < steps and not self.stopping:
             log = self.step()
             log[_STOP] = torch.full((), float(self.stop_requested), device=self.accelerator.device)
-            self._pending.append(_Arriving(self.progress.step, self._averaged(log)))
+            self._pending.append(_Arriving(self.progress.step, list(log), self._averaged(log)))
             if len(self._pending) > late:
                 self._arrive(self._pending.pop(0))
             yield self.progress.step
@@ -165,11 +165,11 @@ class Trainer:
             raise Diverged(f"step {arriving.step}: {', '.join(bad)}")
         self.watch(arriving.step, log)
 
-    def _averaged(self, log: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _averaged(self, log: dict[str, Tensor]) -> Tensor:
         values = torch.stack([value.float() for value in log.values()])
         if self.accelerator.num_processes > 1:
-            values = self.accelerator.reduce(values, reduction="mean")
-        return dict(zip(log, values, strict=True))
+            values = cast(Tensor, self.accelerator.reduce(values, reduction="mean"))
+        return values
 
     @contextmanager
     def averaged_weights(self) -> Iterator[Denoiser]:
@@ -231,10 +231,8 @@ def stop_signals(trainer: Trainer) -> Iterator[list[int]]:
 class _Arriving:
     """Numbers of one step on their way to the host."""
 
-    def __init__(self, step: int, log: dict[str, Tensor]) -> None:
-        self.step, self.names = step, list(log)
-        values = torch.stack(list(log.values()))
-        self.ready = None
+    def __init__(self, step: int, names: list[str], values: Tensor) -> None:
+        self.step, self.names, self.ready = step, names, None
         if values.is_cuda:
             self.host = torch.empty(len(values), pin_memory=True)
             self.host.copy_(values, non_blocking=True)

@@ -17,6 +17,13 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
     return network(x, label.float(), **cond, return_dict=False)[0]
 
 
+def sample_shape(network: UNet2DModel) -> tuple[int, int, int]:
+    """``(C, H, W)`` of one sample."""
+    size = network.config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return network.config["in_channels"], height, width
+
+
 class _ShiftedTimeEmbedding(nn.Module):
     """The network's time embedding plus a vector that the wrapper sets for the call in progress."""
 
