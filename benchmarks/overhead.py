@@ -55,7 +55,9 @@ def trainer(method: SiD | BOOT, batch_size: int) -> Trainer:
     """A trainer as ``stepdistill distill`` builds it."""
     from stepdistill.backbones.unet2d import TargetTimeUNet
 
-    networks: dict[str, nn.Module] = {r: copy.deepcopy(TEACHER.network) for r in ("student", *method.roles)}
+    networks: dict[str, nn.Module] = {
+        r: copy.deepcopy(TEACHER.network).requires_grad_(True) for r in ("student", *method.roles)
+    }
     if method.two_times:
         networks["student"] = TargetTimeUNet(copy.deepcopy(TEACHER.network))
     return Trainer(

@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from .bundled import bundled_configs
@@ -47,6 +48,16 @@ class Optimizer(Section):
     weight_decay: NonNegativeFloat = 0.0
 
 
+class Lora(Section):
+    """A role that learns low-rank adapters on the teacher's own weights instead of a full copy (Hu et al. 2022)."""
+
+    rank: PositiveInt = 64
+    alpha: PositiveFloat = 64.0
+    """The adapters count ``alpha / rank`` (SwiftBrush: 108 / 64)."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names, or ends of names, of the linear and convolution layers that get adapters."""
+
+
 class Training(Section):
     """How the networks are trained; nothing here changes the loss."""
 
@@ -57,6 +68,8 @@ class Training(Section):
     optimizer: Optimizer = Optimizer()
     role_optimizers: dict[str, Optimizer] = {}
     """Optimizer of single roles (``fake``, ...) where it differs."""
+    lora: dict[str, Lora] = {}
+    """Roles (``student``, ``fake``) that are low-rank adapters."""
     lr_schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
@@ -104,6 +117,15 @@ class Evaluate(Section):
     """DDIM steps of the teacher's rows."""
 
 
+class Stage(Section):
+    """One method's part of a run that chains several; its student starts as the one before it ended."""
+
+    method: Annotated[AnyMethod, Field(discriminator="name")]
+    steps: PositiveInt
+    training: Training | None = None
+    """In place of the run's ``training``, as a whole."""
+
+
 class Config(Section):
     """Everything that determines a run."""
 
@@ -112,14 +134,36 @@ class Config(Section):
     output_dir: Path
     """Folder of the run; the student goes to ``output_dir/student``."""
     seed: NonNegativeInt = 0
-    steps: PositiveInt
+    steps: PositiveInt | None = None
     """Training steps; one step is every turn of the method once."""
     resume: bool = False
     """Continue the run in ``output_dir`` from its newest checkpoint."""
-    method: Annotated[AnyMethod, Field(discriminator="name")]
+    method: Annotated[AnyMethod, Field(discriminator="name")] | None = None
+    stages: tuple[Stage, ...] = ()
+    """Methods one after the other, in place of ``method`` and ``steps``."""
     training: Training = Training()
     data: Data = Data()
     evaluate: Evaluate | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Config:
+        if bool(self.stages) == (self.method is not None or self.steps is not None):
+            raise ValueError("give either method and steps, or stages")
+        if not self.stages and (self.method is None or self.steps is None):
+            raise ValueError(f"{'method' if self.method is None else 'steps'} is missing")
+        return self
+
+    @property
+    def plan(self) -> tuple[Stage, ...]:
+        """The stages of the run, each with its ``training``; one where none are named."""
+        if self.method is not None and self.steps is not None:
+            return (Stage(method=self.method, steps=self.steps, training=self.training),)
+        return tuple(stage.model_copy(update={"training": stage.training or self.training}) for stage in self.stages)
+
+    @property
+    def methods_used(self) -> str:
+        """Names of the methods, in order."""
+        return ", then ".join(type(stage.method).__name__ for stage in self.plan)
 
     def dump(self) -> dict[str, Any]:
         """The configuration as plain YAML values; loading it again gives the same run."""

@@ -63,6 +63,16 @@ class Guidance:
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise ValueError(f"guidance interval needs 0 <= low < high <= 1, got {self.interval}")
 
+    @property
+    def only_conditional(self) -> bool:
+        """One pass with the condition is all that this guidance takes."""
+        return not isinstance(self.scale, Tensor) and self.scale == 1
+
+    @property
+    def only_unconditional(self) -> bool:
+        """One pass with the null condition is all that this guidance takes."""
+        return not isinstance(self.scale, Tensor) and self.scale == 0 and self.interval == (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class Denoiser:
@@ -112,8 +122,10 @@ class Denoiser:
     def _output(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The (guided) network output in at least float32."""
         label = self.native.label(time)
-        if self.guidance is None:
+        if self.guidance is None or self.guidance.only_conditional:
             output = _full_precision(self.call(self.network, x, label, cond))
+        elif self.guidance.only_unconditional:
+            output = _full_precision(self.call(self.network, x, label, repeat(self.guidance.uncond, len(x))))
         else:
             low, high = self.guidance.interval
             inside = (time >= low) & (time <= high)

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import signal
 import time
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from torch import Tensor, nn
+from diffusers import UNet2DModel
+from torch import nn
 from tqdm.auto import tqdm
 
 from .backbones.unet2d import TargetTimeUNet
 from .checkpoints import Checkpoints
-from .config import Config
+from .config import Config, Stage, Training
 from .data import data_free
-from .denoiser import Denoiser
 from .errors import Diverged, UserError
-from .evaluation import Evaluator, Measurement
-from .export import export, plan
-from .preflight import check_evaluation, check_launch, check_output, check_trackers
-from .report import card, grid, picture, read_history, table, usage
-from .samplers import SampleNoise, sample_ode
+from .export import plan, single_time
+from .lora import add_lora, check_lora, merged
+from .outcome import Outcome
+from .preflight import check_evaluation, check_launch, check_output, check_stages, check_trackers
+from .report import read_history
+from .snapshots import OnDisk
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer, stop_signals
-
-_PICTURE = "student.png"
-_SHOWN = 64
 
 
 def distill(config: Config) -> Path:
@@ -61,24 +57,19 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         """Build every part; nothing is written yet."""
-        self.config, training = config, config.training
-        self.folder, self.student_folder = config.output_dir, config.output_dir / "student"
-        check_trackers(training.trackers)
+        self.config, self.stages, self.folder = config, config.plan, config.output_dir
+        check_trackers(config.training.trackers)
         self.teacher: Teacher = load_teacher(config.teacher)
-        try:
-            config.method.check(self.teacher.denoiser)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        roles = {"student", *config.method.roles}
-        if unknown := set(training.role_optimizers) - roles:
-            raise UserError(f"training.role_optimizers names {sorted(unknown)}; the roles are {sorted(roles)}")
-        self.sampler = config.method.sampler(self.teacher.denoiser.process)
-        self.hosted = plan(self.teacher.denoiser, self.sampler, classes=self.teacher.classes)
+        guided = self.teacher.guided(config.data)
+        check_stages(self.stages, guided)
+        for stage in self.stages:
+            _check_roles(stage, self.teacher)
+        self.samplers = [stage.method.sampler(guided.process) for stage in self.stages]
+        self.hosted = plan(self.teacher.denoiser, self.samplers[-1], classes=self.teacher.classes)
         check_evaluation(config.evaluate, self.teacher)
-        self.evaluator = Evaluator(config.evaluate.reference) if config.evaluate else None
         self.accelerator = Accelerator(
-            mixed_precision=training.mixed_precision,
-            log_with=list(training.trackers) or None,
+            mixed_precision=config.training.mixed_precision,
+            log_with=list(config.training.trackers) or None,
             project_dir=str(self.folder),
             # The other processes wait while the main one evaluates.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
@@ -86,29 +77,43 @@ class Run:
         set_seed(config.seed, device_specific=True)
         self.data = data_free(self.teacher, config.data, self.accelerator.device)
         self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
-        self.trainer = Trainer(
-            config.method,
-            self.teacher.guided(config.data),
-            self._networks(),
-            training,
-            steps=config.steps,
-            batches=self.data.batch,
-            accelerator=self.accelerator,
-            watch=self._watch,
-        )
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", self._identity(), kept=training.checkpoints_kept)
-        self.bar = tqdm(
-            total=config.steps, desc=config.method.name, mininterval=1, disable=not self.accelerator.is_main_process
-        )
+        self.taught = self.teacher.guided(config.data)
+        self.outcome = Outcome(config, self.teacher, self.taught, self.data)
         self._sums: dict[str, float] = {}
         self._count, self._seconds, self._resumed = 0, 0.0, time.monotonic()
+        self._enter(0, None)
 
-    def _networks(self) -> dict[str, nn.Module]:
+    def _enter(self, index: int, student: nn.Module | None) -> None:
+        """Build the trainer of stage ``index``, whose student starts as ``student`` or as the teacher."""
+        self.index, stage = index, self.stages[index]
+        self.stage, self.training, self.sampler = stage, cast(Training, stage.training), self.samplers[index]
+        self.start = sum(earlier.steps for earlier in self.stages[:index])
+        place = f"stage_{index + 1}" if len(self.stages) > 1 else ""
+        self.trainer = Trainer(
+            stage.method,
+            self.taught,
+            self._networks(student),
+            self.training,
+            steps=stage.steps,
+            batches=self.data.batch,
+            accelerator=self.accelerator,
+            snapshots=OnDisk(self.folder / "snapshots" / place, self.accelerator),
+            watch=self._watch,
+        )
+        folder = self.folder / "checkpoints" / place
+        self.checkpoints = Checkpoints(folder, self._identity(), kept=self.training.checkpoints_kept)
+
+    def _networks(self, student: nn.Module | None) -> dict[str, nn.Module]:
         networks: dict[str, nn.Module] = {}
-        for role in ("student", *self.config.method.roles):
-            network = copy.deepcopy(self.teacher.network)
-            two_times = role == "student" and self.config.method.two_times
-            networks[role] = TargetTimeUNet(network) if two_times else network
+        for role in ("student", *self.stage.method.roles):
+            base = student if role == "student" and student is not None else self.teacher.network
+            if role in self.training.lora:
+                networks[role] = add_lora(base, self.training.lora[role], role)
+                continue
+            network = copy.deepcopy(base)
+            if role == "student" and self.stage.method.two_times:
+                network = TargetTimeUNet(cast(UNet2DModel, network))
+            networks[role] = network.requires_grad_(True)
         return networks
 
     def _identity(self) -> dict[str, Any]:
@@ -117,7 +122,7 @@ class Run:
         free = {"checkpoint_every", "checkpoints_kept", "log_every", "preview_every", "preview_samples", "trackers"}
         training = {key: value for key, value in values["training"].items() if key not in free}
         processes = self.accelerator.num_processes
-        kept = {key: values[key] for key in ("teacher", "seed", "method", "data")}
+        kept = {key: values[key] for key in ("teacher", "seed", "method", "stages", "data")}
         return json.loads(json.dumps({**kept, "training": training, "processes": processes}))
 
     def begin(self) -> None:
@@ -129,16 +134,20 @@ class Run:
         self._trackers()
 
     def resume(self) -> None:
-        """Continue exactly from the newest checkpoint."""
+        """Continue exactly from the newest checkpoint of the last stage that has one."""
+        for index in range(len(self.stages) - 1, 0, -1):
+            if any((self.folder / "checkpoints" / f"stage_{index + 1}").glob("step_*")):
+                self._enter(index, None)
+                break
         path, step = self.checkpoints.newest()
         self.trainer.load(path)
+        step += self.start
         if self.accelerator.is_main_process:
             rows = [row for row in read_history(self._metrics) if row["step"] <= step]
             temporary = self._metrics.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
             temporary.replace(self._metrics)
             self._seconds = rows[-1]["seconds"] if rows else 0.0
-        self.bar.update(step)
         self.accelerator.print(f"continuing {self.folder} from step {step}")
         self._trackers()
 
@@ -147,56 +156,61 @@ class Run:
             self.accelerator.init_trackers("stepdistill")
 
     def train(self) -> None:
-        """Train to the last step, with previews and checkpoints on the way."""
-        training, trainer = self.config.training, self.trainer
+        """Every stage to its last step; each starts from the averaged student of the one before."""
+        self._train()
+        while self.index + 1 < len(self.stages):
+            with self.trainer.averaged_weights() as student:
+                network = single_time(merged(student.network), self.taught.process, self.sampler)
+            self.accelerator.free_memory()
+            self._enter(self.index + 1, network)
+            self._train()
+
+    def _train(self) -> None:
+        """Train this stage to its last step, with previews and checkpoints on the way."""
+        training, trainer, last = self.training, self.trainer, self.stage.steps
+        name = f"{self.stage.method.name}{f' {self.index + 1}/{len(self.stages)}' if len(self.stages) > 1 else ''}"
+        shown = self.accelerator.is_main_process
+        bar = tqdm(total=last, initial=trainer.progress.step, desc=name, mininterval=1, disable=not shown)
         try:
-            with stop_signals(trainer) as received:
-                for step in trainer.run(self.config.steps):
-                    self.bar.update()
+            with stop_signals(trainer) as received, bar as self.bar:
+                for step in trainer.run(last):
+                    bar.update()
                     if _every(step, training.preview_every):
-                        self._preview(step)
-                    if _every(step, training.checkpoint_every) and step < self.config.steps:
+                        self._preview(self.start + step)
+                    if _every(step, training.checkpoint_every) and step < last:
                         self._checkpoint()
                 self._checkpoint()
         except Diverged as error:
-            last = self.checkpoints.all()
-            where = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+            kept = self.checkpoints.all()
+            where = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
             raise Diverged(f"{error}; {where}. Lower training.optimizer.lr or use mixed_precision=no") from None
-        finally:
-            self.bar.close()
         if trainer.stopping:
+            total = sum(stage.steps for stage in self.stages)
             self.accelerator.print(
-                f"stopped at step {trainer.progress.step} of {self.config.steps}; continue with the same command and "
+                f"stopped at step {self.start + trainer.progress.step} of {total}; continue with the same command and "
                 "resume=true"
             )
             raise SystemExit(128 + (received or [signal.SIGTERM])[0])  # another process may have got the signal
 
     def finish(self) -> Path:
-        """Export the averaged student, evaluate it against the teacher, and say where everything is."""
+        """Export and show the averaged student."""
         if self.accelerator.is_main_process:
             with torch.no_grad(), self.trainer.averaged_weights() as student:
-                shape = self.teacher.sample_shape
-                cond = self.data.cond(range(4))
-                export(student, self.sampler, self.hosted, self.student_folder, shape=shape, cond=cond)
-                self._describe([], None)
-                rows = self._evaluate(student)
-                self._picture(student)
-            self._describe(rows, _PICTURE)
-            self._conclude(rows)
+                self.outcome.finish(student, self.sampler, self.hosted, self._metrics)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        return self.student_folder
+        return self.outcome.student_folder
 
     def _watch(self, step: int, log: dict[str, float]) -> None:
         """Average the scalars between two log lines and write them."""
         for name, value in log.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
-        if not _every(step, self.config.training.log_every):
+        if not _every(step, self.training.log_every):
             return
         means = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
-        self._log(step, means)
+        self._log(self.start + step, means)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.endswith("/loss")})
 
     def _log(self, step: int, values: dict[str, float]) -> None:
@@ -216,78 +230,26 @@ class Run:
         self.trainer.settle()
         self.checkpoints.save(self.trainer.progress.step, self.accelerator, self.trainer.save)
 
-    def _generate(self, denoiser: Denoiser, ids: range, steps: int | None) -> Tensor:
-        """The samples ``ids`` of the student (``steps`` None) or of the teacher in DDIM steps."""
-        noise = SampleNoise(ids, self.teacher.sample_shape, device=self.data.device)()
-        cond = self.data.cond(ids)
-        if steps is None:
-            return self.sampler(denoiser, noise, cond)
-        return sample_ode(denoiser, noise, steps, cond)
-
-    @torch.no_grad()
     def _preview(self, step: int) -> None:
-        """The averaged student at fixed noise, the teacher beside, and the distance where one is asked for."""
-        if not self.accelerator.is_main_process:
-            return
-        ids = range(self.config.training.preview_samples)
-        folder = self.folder / "previews"
-        folder.mkdir(exist_ok=True)
-        if not (folder / "teacher.png").is_file():
-            taught = self._generate(self.trainer.frozen["teacher"], ids, self.teacher.picture_steps)
-            grid(taught).save(folder / "teacher.png")
-        with self.trainer.averaged_weights() as student:
-            grid(self._generate(student, ids, None)).save(folder / f"step_{step:08d}.png")
-            if self.config.evaluate and self.config.evaluate.curve_samples:
-                measured = self._measure("student", student, None, self.config.evaluate.curve_samples)
-                self._log(step, {"fd": measured.distance.value})
+        if self.accelerator.is_main_process:
+            with torch.no_grad(), self.trainer.averaged_weights() as student:
+                measured = self.outcome.preview(step, student, self.sampler)
+            if measured:
+                self._log(step, measured)
 
-    def _measure(self, label: str, denoiser: Denoiser, steps: int | None, samples: int) -> Measurement:
-        assert self.evaluator is not None
-        assert self.config.evaluate is not None
-        return self.evaluator.measure(
-            label,
-            steps or 1,
-            lambda ids: self._generate(denoiser, ids, steps),
-            samples=samples,
-            batch_size=self.config.evaluate.batch_size,
+
+def _check_roles(stage: Stage, teacher: Teacher) -> None:
+    training, method = cast(Training, stage.training), stage.method
+    roles = {"student", *method.roles}
+    for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):
+        if unknown := set(named) - roles:
+            raise UserError(f"training.{section} names {sorted(unknown)}; the roles are {sorted(roles)}")
+    for role, lora in training.lora.items():
+        check_lora(teacher.network, lora, role)
+    if method.two_times and "student" in training.lora:
+        raise UserError(
+            f"training.lora.student: the student of {method.name} learns a second time embedding; remove it"
         )
-
-    def _evaluate(self, student: Denoiser) -> list[Measurement]:
-        evaluate = self.config.evaluate
-        if evaluate is None:
-            return []
-        teacher = self.trainer.frozen["teacher"]
-        generators = [(f"teacher, {n} steps", teacher, n) for n in evaluate.teacher_steps] + [
-            ("student", student, None)
-        ]
-        calls = sum(n or 1 for _, _, n in generators)
-        with tqdm(total=calls, desc="evaluate", mininterval=1) as bar:
-            rows = []
-            for label, denoiser, steps in generators:
-                rows.append(self._measure(label, denoiser, steps, evaluate.samples))
-                bar.update(steps or 1)
-        (self.folder / "evaluation.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        return rows
-
-    def _picture(self, student: Denoiser) -> None:
-        ids = range(_SHOWN)
-        taught = self._generate(self.trainer.frozen["teacher"], ids, self.teacher.picture_steps)
-        learned = self._generate(student, ids, None)
-        title = (
-            f"{type(self.config.method).__name__}: {self.config.teacher}, teacher in {self.teacher.picture_steps} steps"
-        )
-        picture(self.folder / _PICTURE, taught, learned, read_history(self._metrics), title=title)
-        shutil.copyfile(self.folder / _PICTURE, self.student_folder / _PICTURE)
-
-    def _describe(self, rows: list[Measurement], picture_name: str | None) -> None:
-        metric = self.evaluator.extractor.name if self.evaluator else ""
-        paper = type(self.config.method).paper
-        card(self.config, rows, metric, paper=paper, picture_name=picture_name).save(self.student_folder / "README.md")
-
-    def _conclude(self, rows: list[Measurement]) -> None:
-        if rows and self.evaluator:
-            print(f"\n{table(rows, self.evaluator.extractor.name)}")
-        print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{usage(self.student_folder)}")
 
 
 def _every(step: int, interval: int) -> bool:

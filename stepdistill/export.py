@@ -1,10 +1,13 @@
-"""A one-step student as a folder that plain diffusers loads, equal to the student's sampler.
+"""A one- or few-step student as a folder that plain diffusers loads, equal to the student's sampler.
 
 A one-step student is a linear map round one network call: ``x0 = A noise + B network(C noise, label)``, with
 numbers ``A``, ``B``, ``C`` that follow from process, prediction type and input scale.  A stock scheduler in a
 stock pipeline also computes ``x0 = A' noise + B' network(noise, label')``.  The scheduler is chosen so that
 ``A' = A``; ``B / B'`` and ``C`` are folded into the last and first convolution, a label that no integer
 timestep can name into a bias.  What a plain pipeline then runs is the student, exactly.
+
+A student of several steps has one such map per call.  LCM's scheduler re-noises between the entries of a DDPM
+table, DDIM's goes back with the predicted noise, and the Euler scheduler of rectified flow does either.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import cast
 import torch
 from diffusers import (
     ConsistencyModelPipeline,
+    DDIMScheduler,
     DDPMPipeline,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -33,8 +37,12 @@ from .backbones.unet2d import TargetTimeUNet
 from .conditions import Cond
 from .denoiser import Denoiser
 from .errors import UserError
-from .process import VP
+from .lora import merged
+from .process import VP, Flow, NoiseProcess
 from .samplers import SampleNoise, StudentSampler
+
+DESCRIPTION = "stepdistill.json"
+"""How a student generates, beside its pipeline."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,11 @@ class Plan:
     """How a student will be hosted by stock diffusers; made before training, so that nothing is trained in vain."""
 
     pipeline: type[DiffusionPipeline]
-    scheduler: LCMScheduler | FlowMatchEulerDiscreteScheduler
+    scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler
+    steps: int
+    """Network calls."""
     map: OneStepMap
+    """Of the first call."""
     output: float
     """``B'``, the factor that the scheduler puts before the network's output."""
     label: int
@@ -78,13 +89,13 @@ class Plan:
 
 
 def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
-    """Choose pipeline and scheduler for a one-step student.
+    """Choose pipeline and scheduler for a student.
 
     Raises:
         UserError: stock diffusers has no place for this student.
     """
-    if len(sampler.times) != 1:
-        raise UserError(f"export takes one-step students, this one has {len(sampler.times)} steps")
+    if len(sampler.times) > 1:
+        return _few_step_plan(denoiser, sampler, classes=classes)
     student = one_step_map(denoiser, sampler)
     if not math.isclose(student.input, 1.0, rel_tol=1e-12):
         _refuse_unscalable(denoiser.network)
@@ -97,7 +108,7 @@ def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) ->
                 "method.init_ratio"
             )
         flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=label, shift=1.0)
-        return Plan(DDPMPipeline, flow, student, -1.0, label)
+        return Plan(DDPMPipeline, flow, 1, student, -1.0, label)
     kind = "epsilon" if student.direct > 1 else "v_prediction"
     alpha = 1 / student.direct if student.direct > 1 else student.direct
     sigma = math.sqrt(1 - alpha**2)
@@ -111,7 +122,56 @@ def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) ->
         clip_sample=False,
         set_alpha_to_one=True,
     )
-    return Plan(ConsistencyModelPipeline, scheduler, student, output, label)
+    return Plan(ConsistencyModelPipeline, scheduler, 1, student, output, label)
+
+
+def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
+    """Schedulers whose own grid for ``steps`` calls is the sampler's, so that plain lines are right."""
+    process, steps = denoiser.process, len(sampler.times)
+    first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    refusal = f"no stock scheduler runs this student in {steps} steps"
+    if sampler.renoising == "fixed":
+        raise UserError(f"{refusal}: it re-uses its first noise; set method.renoising=fresh or ddim")
+    if sampler.target_time is not None:
+        raise UserError(f"{refusal}: its network is told one target time only")
+    labels = process.label(torch.tensor(sampler.times)).tolist()
+    if isinstance(process, VP):
+        if not math.isclose(first.input, 1.0, rel_tol=1e-12):
+            raise UserError(f"{refusal}: its first call is fed sigma times the noise; set method.input=unit")
+        size, label = round(labels[0]) + 1, round(labels[0])
+        if any(abs(label - (size * (steps - k) / steps - 1)) > 1e-6 for k, label in enumerate(labels)):
+            raise UserError(f"{refusal}: timesteps {[round(x, 2) for x in labels]} are not evenly spaced down to -1")
+        shared = {
+            "num_train_timesteps": size,
+            "trained_betas": _betas(denoiser, label, process.alpha(torch.tensor(sampler.times[:1])).item()),
+            "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(denoiser.target),
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+        }
+        if shared["prediction_type"] is None:
+            raise UserError(f"{refusal}: its network predicts {denoiser.target!r} under a DDPM table")
+        if sampler.renoising == "fresh":
+            scheduler = LCMScheduler(**shared, original_inference_steps=steps, timestep_scaling=1e10)
+        else:
+            scheduler = DDIMScheduler(**shared, timestep_spacing="trailing")
+        return Plan(ConsistencyModelPipeline, scheduler, steps, first, first.output, label)
+    levels = process.sigma(torch.tensor(sampler.times)).tolist()
+    even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
+    scale = labels[0] / levels[0]
+    if not isinstance(process, Flow) or process.reversed_label or denoiser.target != "flow" or not even:
+        raise UserError(
+            f"{refusal}: it takes a DDPM table, or a rectified flow at sigma 1, {1 - 1 / steps:.4g}, ... "
+            "(method.init_ratio=.inf)"
+        )
+    if classes is not None:
+        raise UserError(f"{refusal}: no stock pipeline runs a class-conditional flow")
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=round(scale),
+        shift=1.0,
+        shift_terminal=1 / steps,
+        stochastic_sampling=sampler.renoising == "fresh",
+    )
+    return Plan(DDPMPipeline, scheduler, steps, first, first.output, round(labels[0]))
 
 
 def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
@@ -126,12 +186,7 @@ def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
 @torch.no_grad()
 def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan) -> UNet2DModel:
     """A stock ``UNet2DModel`` that does the student's work under the plan's scheduler."""
-    network = denoiser.network
-    if isinstance(network, TargetTimeUNet):
-        assert sampler.target_time is not None
-        target = denoiser.process.label(torch.tensor([sampler.target_time])).item()
-        network = network.folded(target)
-    network = copy.deepcopy(cast(UNet2DModel, network)).requires_grad_(True).eval()
+    network = single_time(merged(denoiser.network), denoiser.process, sampler).requires_grad_(True).eval()
     scale = hosted.map.output / hosted.output
     for parameter in network.conv_out.parameters():
         parameter.mul_(scale)
@@ -143,6 +198,14 @@ def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan) -> 
         first = network.time_embedding.linear_1
         first.bias.add_(first.weight @ (wanted - told))
     return network
+
+
+def single_time(network: nn.Module, process: NoiseProcess, sampler: StudentSampler) -> UNet2DModel:
+    """The stock network of a student; where it is told a target time, the sampler's is folded in."""
+    if not isinstance(network, TargetTimeUNet):
+        return cast(UNet2DModel, network)
+    assert sampler.target_time is not None
+    return network.folded(process.label(torch.tensor([sampler.target_time])).item())
 
 
 def _refuse_unscalable(network: nn.Module) -> None:
@@ -175,8 +238,8 @@ def export(
     network = stock_network(denoiser, sampler, hosted)
     pipeline = hosted.pipeline(unet=network, scheduler=hosted.scheduler)  # type: ignore[call-arg]
     pipeline.save_pretrained(temporary)
-    description = {"sampler": asdict(sampler), "map": asdict(hosted.map), "label": hosted.label}
-    (temporary / "stepdistill.json").write_text(json.dumps(description, indent=1) + "\n")
+    description = {"sampler": asdict(sampler), "map": asdict(hosted.map), "label": hosted.label, "steps": hosted.steps}
+    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     error = export_error(denoiser, sampler, temporary, shape=shape, cond=cond)
     if not error < 1e-4:
         raise RuntimeError(f"the exported pipeline differs from the student's sampler by {error:.2g}; kept {temporary}")
@@ -192,12 +255,13 @@ def export_error(
     # Both sides on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would.
     student = replace(denoiser, network=copy.deepcopy(denoiser.network).cpu())
     labels = {key: value.cpu() for key, value in cond.items()}
-    images = sampler(student, SampleNoise(range(4), shape)(), labels)
+    noise = SampleNoise(range(4), shape)
+    images = sampler(student, noise(), labels, renoise=noise)
     logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     generators = SampleNoise(range(4), shape).generators
     output = pipeline(  # type: ignore[operator]
-        batch_size=4, num_inference_steps=1, generator=generators, output_type="np", **labels
+        batch_size=4, num_inference_steps=len(sampler.times), generator=generators, output_type="np", **labels
     ).images
     return (torch.from_numpy(output).permute(0, 3, 1, 2) - (images / 2 + 0.5).clamp(0, 1)).abs().max().item()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from itertools import pairwise
 from pathlib import Path
 
 from accelerate.utils import LoggerType, str_to_bool
 
-from .config import Evaluate
+from .config import Evaluate, Stage
+from .denoiser import Denoiser
 from .errors import UserError
 from .features import DigitsExtractor
 from .samplers import teacher_grid
@@ -80,3 +82,26 @@ def check_evaluation(evaluate: Evaluate | None, teacher: Teacher) -> None:
             teacher_grid(teacher.denoiser.process, steps)
     except ValueError as error:
         raise UserError(f"evaluate.teacher_steps: {error}") from None
+
+
+def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
+    """Refuse methods that cannot learn from the teacher, and stages whose students are not one network's work.
+
+    Raises:
+        UserError: naming the stage and what to set.
+    """
+    samplers = []
+    for number, stage in enumerate(stages, 1):
+        try:
+            stage.method.check(teacher)
+            samplers.append(stage.method.sampler(teacher.process))
+        except ValueError as error:
+            raise UserError(f"stage {number}: {error}" if len(stages) > 1 else str(error)) from None
+    for number, (before, after) in enumerate(pairwise(samplers), 1):
+        fed = [f"at t = {each.times[0]:.4g}, {each.input}" for each in (before, after)]
+        if fed[0] != fed[1]:
+            raise UserError(
+                f"stages {number} and {number + 1} do not fit: noise enters the student of "
+                f"{stages[number - 1].method.name} {fed[0]}, that of {stages[number].method.name} {fed[1]}; "
+                "give both methods the same level (init_ratio or t_max) and input"
+            )

@@ -31,7 +31,9 @@ def grid(images: Tensor, columns: int = 8) -> Image.Image:
     return to_picture(to_uint8(tiles.reshape(channels, rows * (height + 1), columns * (width + 1))))
 
 
-def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str, float]], *, title: str) -> None:
+def picture(
+    path: Path, teacher: Tensor, student: Tensor, history: list[dict[str, float]], *, title: str, steps: int
+) -> None:
     """Teacher and student from the same noise, side by side, above the training curve."""
     figure, axes = plt.subplot_mosaic(
         [["teacher", "student"], ["curve", "curve"]], figsize=(8, 7), height_ratios=[5, 3]
@@ -40,7 +42,7 @@ def picture(path: Path, teacher: Tensor, student: Tensor, history: list[dict[str
         axes[name].imshow(grid(images), cmap="gray", vmin=0, vmax=255)
         axes[name].set_axis_off()
     axes["teacher"].set_title("teacher")
-    axes["student"].set_title("student, 1 step, same noise")
+    axes["student"].set_title(f"student, {steps} step{'s'[: steps - 1]}, same noise")
     _curve(axes["curve"], history)
     figure.suptitle(title)
     figure.tight_layout()
@@ -54,7 +56,7 @@ def _curve(axis: plt.Axes, history: list[dict[str, float]]) -> None:
     """The distance to the reference where it was measured; every logged loss otherwise."""
     measured = [(row["images"], row["fd"]) for row in history if "fd" in row]
     if measured:
-        axis.plot(*zip(*measured, strict=True), marker="o", label="Frechet distance of the one-step student")
+        axis.plot(*zip(*measured, strict=True), marker="o", label="Frechet distance of the student")
     else:
         for name in sorted({key for row in history for key in row if key.endswith("/loss")}):
             points = [(row["images"], row[name]) for row in history if name in row]
@@ -78,12 +80,12 @@ def table(rows: list[Measurement], metric: str) -> str:
     return "\n".join(lines)
 
 
-def usage(folder: Path) -> str:
+def usage(folder: Path, steps: int) -> str:
     """The lines of Python that use an exported student."""
     return (
         "from diffusers import DiffusionPipeline\n"
         f'pipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}")\n'
-        "image = pipe(num_inference_steps=1).images[0]\n"
+        f"image = pipe(num_inference_steps={steps}).images[0]\n"
         'image.save("sample.png")'
     )
 
@@ -94,26 +96,32 @@ def read_history(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def card(config: Config, rows: list[Measurement], metric: str, *, paper: str, picture_name: str | None) -> ModelCard:
+def card(config: Config, rows: list[Measurement], metric: str, *, steps: int, picture_name: str | None) -> ModelCard:
     """The model card of a student: what it is, how to run it, how it was made, what it reaches."""
     hub_id = config.teacher if not Path(config.teacher).exists() and ":" not in config.teacher else None
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["stepdistill", f"stepdistill-{config.method.name}", "one-step", "distillation"],
+        tags=[
+            "stepdistill",
+            *(f"stepdistill-{stage.method.name}" for stage in config.plan),
+            "one-step" if steps == 1 else "few-step",
+            "distillation",
+        ],
         base_model=hub_id,
         base_model_relation="finetune" if hub_id else None,  # type: ignore[arg-type]
     )
     numbers = f"```\n{table(rows, metric)}\n```\n" if rows else "Not evaluated.\n"
     shown = f"![teacher and student from the same noise]({picture_name})\n\n" if picture_name else ""
+    papers = "; ".join(dict.fromkeys(stage.method.paper for stage in config.plan))
     recipe = yaml.safe_dump(config.dump(), sort_keys=False)
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
-        f"# One-step student of {config.teacher}\n\n"
+        f"# {steps}-step student of {config.teacher}\n\n"
         f"Distilled without images by [stepdistill](https://pypi.org/project/stepdistill) {__version__} with "
-        f"{type(config.method).__name__} ({paper}).\n\n"
+        f"{config.methods_used} ({papers}).\n\n"
         f"{shown}"
-        f"## Use\n\n```python\n{usage(Path('PATH_OR_REPO'))}\n```\n\n"
+        f"## Use\n\n```python\n{usage(Path('PATH_OR_REPO'), steps)}\n```\n\n"
         f"## Numbers\n\n{numbers}\n"
         f"## Recipe\n\n`stepdistill distill --config recipe.yaml` with\n\n```yaml\n{recipe}```\n"
     )

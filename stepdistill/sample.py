@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from .config import Data
 from .data import class_labels, data_free, draws
 from .errors import UserError
 from .evaluation import Generate
+from .export import DESCRIPTION
 from .images import to_picture, to_uint8
 from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
 from .teacher import load_teacher
@@ -33,7 +35,7 @@ def sample(
     """Write ``count`` PNG files named by sample id; sample ``k`` does not depend on count or batch size.
 
     Args:
-        source: an exported student's folder (one step, ``steps`` is ignored) or a teacher.
+        source: an exported student's folder (its own number of steps, ``steps`` is ignored) or a teacher.
         output: folder to create; must not hold anything.
         count: number of samples.
         steps: network calls of a teacher.
@@ -50,7 +52,7 @@ def sample(
     if labels is not None and min(labels) < 0:
         raise UserError(f"--labels must not be negative, got {list(labels)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (Path(source) / "stepdistill.json").is_file():
+    if (Path(source) / DESCRIPTION).is_file():
         generate = _student(source, labels, device)
     else:
         generate = _teacher(source, labels, device, steps, solver)
@@ -73,13 +75,14 @@ def _student(source: str, labels: tuple[int, ...] | None, device: torch.device) 
     pipeline = DiffusionPipeline.from_pretrained(source).to(device)
     pipeline.set_progress_bar_config(disable=True)
     unet: UNet2DModel = pipeline.unet  # type: ignore[attr-defined]
+    calls = json.loads((Path(source) / DESCRIPTION).read_text()).get("steps", 1)
     classes, shape = unet.config["num_class_embeds"], unet2d.sample_shape(unet)
     data = draws(shape, class_labels(source, classes, _asked(labels, classes)), device)
 
     def generate(ids: range) -> Tensor:
         generators = SampleNoise(ids, shape).generators
         images = pipeline(  # type: ignore[operator]
-            batch_size=len(ids), num_inference_steps=1, generator=generators, output_type="np", **data.cond(ids)
+            batch_size=len(ids), num_inference_steps=calls, generator=generators, output_type="np", **data.cond(ids)
         ).images
         return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -171,6 +172,11 @@ def sample_flow_map(
     return x
 
 
+Renoising = Literal["fresh", "fixed", "ddim"]
+"""Noise that a few-step student's ``x0`` is taken back to the next level with: new noise (few-step SiD, DMD2, LCM),
+the noise it started from, or the noise it has itself predicted (DDIM, deterministic)."""
+
+
 @dataclass(frozen=True)
 class StudentSampler:
     """How a student turns noise into samples: ``x0`` at the first level, then re-noise and predict again.
@@ -184,6 +190,12 @@ class StudentSampler:
     """What the first call is fed."""
     target_time: float | None = None
     """The constant target time told to a network with two times."""
+    renoising: Renoising = "fresh"
+    """What later calls are fed."""
+
+    def __post_init__(self) -> None:
+        if any(now <= then for now, then in pairwise(self.times)):
+            raise ValueError(f"the times of a few-step student must decrease, got {self.times}")
 
     def cond(self, process: NoiseProcess, cond: Cond, like: Tensor) -> Cond:
         """``cond`` and, for a network with two times, the label of the target time."""
@@ -194,14 +206,28 @@ class StudentSampler:
             "target_label": process.label(like.new_full((len(like),), self.target_time, dtype=torch.float64)),
         }
 
+    def trace(
+        self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, renoise: Callable[[], Tensor] | None = None
+    ) -> Iterator[Prediction]:
+        """What every call says, in order; ``renoise`` gives the fresh noise of later calls, torch's by default.
+
+        A call's gradient ends at its input: few-step students learn one call at a time (few-step SiD, DMD2).
+        """
+        process, cond = denoiser.process, self.cond(denoiser.process, cond, noise)
+        t, *levels = (noise.new_full((len(noise),), time, dtype=torch.float64) for time in self.times)
+        prediction = denoiser(process.student_input(noise, t, self.input), t, cond)
+        yield prediction
+        for t in levels:
+            if self.renoising == "fresh":
+                eps = torch.randn_like(noise) if renoise is None else renoise()
+            else:
+                eps = noise if self.renoising == "fixed" else prediction.eps
+            prediction = denoiser(process.add_noise(prediction.x0.detach(), eps.detach(), t), t, cond)
+            yield prediction
+
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, renoise: Callable[[], Tensor] | None = None
     ) -> Tensor:
-        """``(B, ...)`` samples from standard normal ``noise``; later levels take fresh noise from ``renoise``."""
-        cond = self.cond(denoiser.process, cond, noise)
-        t, *levels = (noise.new_full((len(noise),), time, dtype=torch.float64) for time in self.times)
-        x0 = denoiser(denoiser.process.student_input(noise, t, self.input), t, cond).x0
-        for t in levels:
-            fresh = torch.randn_like(noise) if renoise is None else renoise()
-            x0 = denoiser(denoiser.process.add_noise(x0, fresh, t), t, cond).x0
-        return x0
+        """``(B, ...)`` samples from standard normal ``noise``."""
+        *_, last = self.trace(denoiser, noise, cond, renoise=renoise)
+        return last.x0

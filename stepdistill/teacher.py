@@ -48,7 +48,7 @@ class Teacher:
 
     def guided(self, data: Data) -> Denoiser:
         """The denoiser with the guidance that ``data`` asks for."""
-        if data.guidance_scale == 1.0:
+        if data.guidance_scale == 1.0 and data.null_label is None:
             return self.denoiser
         if self.classes is None or data.null_label is None or data.null_label >= self.classes:
             raise UserError(

@@ -16,12 +16,14 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Optimizer, Training
 from .denoiser import Denoiser
 from .errors import Diverged
-from .methods.base import Batch, Method, Nets
+from .methods.base import Batch, Method, Nets, Snapshots
+from .snapshots import Remembered
 
 _STOP = "stop"
 
@@ -36,11 +38,13 @@ class Trainer:
     Args:
         method: the equations.
         teacher: the frozen denoiser.
-        networks: one network per trained role (``student`` and ``method.roles``), taken over.
+        networks: one network per trained role (``student`` and ``method.roles``), taken over; the parameters that
+            require a gradient learn.
         training: the ``training`` section.
         steps: length of the run, for learning-rate schedules.
         batches: draws one data-free batch of a given size.
         accelerator: devices, precision and processes.
+        snapshots: keeps networks for methods that go back to them.
         watch: receives ``(step, scalars averaged over processes)`` of every finite step.
     """
 
@@ -54,9 +58,11 @@ class Trainer:
         steps: int,
         batches: Callable[[int], Batch],
         accelerator: Accelerator,
+        snapshots: Snapshots | None = None,
         watch: Callable[[int, dict[str, float]], object] = lambda step, log: None,
     ) -> None:
         self.method, self.training, self.batches, self.accelerator = method, training, batches, accelerator
+        self.snapshots, self.memory = snapshots or Remembered(), {}
         self.watch, self.stop_requested, self.stopping = watch, False, False
         self._pending: list[_Arriving] = []
         self.schedules: dict[str, Any] = {}
@@ -67,7 +73,7 @@ class Trainer:
         self.frozen: dict[str, Denoiser] = {"teacher": teacher}
         bare = replace(teacher, guidance=None)
         for role, network in networks.items():
-            network.requires_grad_(True).eval().to(accelerator.device)
+            network.eval().to(accelerator.device)
             twin = _frozen_twin(network)
             optimizer = _optimizer(training.role_optimizers.get(role, training.optimizer), network)
             schedule = get_scheduler(
@@ -77,11 +83,15 @@ class Trainer:
             self.frozen[role] = replace(bare, network=twin)
             accelerator.register_for_checkpointing(schedule)
             self.schedules[role] = schedule
+        for role in method.frozen_roles:
+            self.frozen[role] = replace(bare, network=copy.deepcopy(teacher.network))
         self.nets: dict[str, Nets] = {
-            role: {**self.frozen, role: replace(bare, network=learner)} for role, learner in self.learners.items()
+            role: {**self.frozen, role: replace(bare, network=learner), "still": self.frozen[role]}
+            for role, learner in self.learners.items()
         }
         self.student = accelerator.unwrap_model(self.learners["student"])
-        self.ema = EMAModel(self.student.parameters(), foreach=True) if training.ema_halflife_images else None
+        self.learning = _learning(self.student)
+        self.ema = EMAModel(self.learning, foreach=True) if training.ema_halflife_images else None
         accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
 
     @property
@@ -93,11 +103,13 @@ class Trainer:
         """Every turn of the method once; the logged scalars of this process, on the device."""
         logs: dict[str, list[Tensor]] = {}
         rounds = self.training.gradient_accumulation
+        self.method.prepare(self.progress.step, self.frozen, self.snapshots)
         for role, loss in self.method.turns(self.progress.step):
             for k in range(rounds):
                 with self._synchronised(role, last=k == rounds - 1):
                     with self.accelerator.autocast():
-                        value, watched = loss(self.nets[role], self.batches(self.training.batch_size))
+                        batch = self.batches(self.training.batch_size)._replace(memory=self.memory)
+                        value, watched = loss(self.nets[role], batch)
                     self.accelerator.backward(value / rounds)
                 for key, scalar in watched.items():
                     logs.setdefault(f"{role}/{key}", []).append(scalar)
@@ -123,7 +135,7 @@ class Trainer:
             images = (self.progress.step + 1) * self.images_per_step
             halflife = min(self.training.ema_halflife_images, 0.05 * images)
             self.ema.decay = self.ema.min_decay = 0.5 ** (self.images_per_step / halflife)
-            self.ema.step(self.student.parameters())
+            self.ema.step(self.learning)
 
     def run(self, steps: int) -> Iterator[int]:
         """Train up to ``steps`` or until every process knows of a request to stop; yields each step's number.
@@ -177,22 +189,31 @@ class Trainer:
         if self.ema is None:
             yield self.frozen["student"]
             return
-        self.ema.store(self.student.parameters())
-        self.ema.copy_to(self.student.parameters())
+        self.ema.store(self.learning)
+        self.ema.copy_to(self.learning)
         try:
             yield self.frozen["student"]
         finally:
-            self.ema.restore(self.student.parameters())
+            self.ema.restore(self.learning)
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizers, averages, schedules, step and every process's random state."""
         self.accelerator.save_state(str(folder))
+        if self.memory:
+            save_file(self.memory, folder / self._memory_file)
 
     def load(self, folder: Path) -> None:
         """Continue exactly where ``save`` was called."""
         self.accelerator.load_state(str(folder))
+        if (folder / self._memory_file).is_file():
+            self.memory.update(load_file(folder / self._memory_file, device=str(self.accelerator.device)))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
+
+    @property
+    def _memory_file(self) -> str:
+        """Every process remembers its own."""
+        return f"memory_{self.accelerator.process_index}.safetensors"
 
 
 class Progress:
@@ -256,8 +277,13 @@ def _frozen_twin(network: nn.Module) -> nn.Module:
     return twin
 
 
+def _learning(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def _optimizer(config: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
+    learning = _learning(network)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    fused = all(p.device.type in ("cpu", "cuda") for p in network.parameters())
+    fused = all(p.device.type in ("cpu", "cuda") for p in learning)
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    return kind(network.parameters(), **options, fused=fused)
+    return kind(learning, **options, fused=fused)

@@ -21,12 +21,15 @@ ARROWS: dict[str, set[str]] = {
     "samplers": {"process", "conditions", "denoiser"},
     "methods.base": SHARED,
     "methods._shared": SHARED,
+    "methods._score": SHARED | {"methods.base", "methods._shared"},
 }
 """All that these modules may import of ours; beside it torch and the standard library, as for the papers."""
-PAPER = SHARED | {"methods.base", "methods._shared"}
+PAPER = SHARED | {"methods.base", "methods._shared", "methods._score"}
+WRAPPERS = {"methods.disback"}
+"""Papers about other papers' methods, which they may import."""
 METRICS = {"frechet", "features", "images", "evaluation", "fid"}
 MODELS = {"methods", "trainer", "checkpoints", "distill", "teacher", "train_teacher", "export"}
-ACCELERATE = {"trainer", "checkpoints", "distill", "train_teacher", "preflight", "__main__"}
+ACCELERATE = {"trainer", "checkpoints", "distill", "train_teacher", "preflight", "snapshots", "__main__"}
 
 
 def is_paper(module: str) -> bool:
@@ -64,11 +67,12 @@ def broken_arrows(path: str, tree: ast.AST, modules: set[str]) -> Iterator[str]:
         return
     module, ours = name_of(path), {n.removeprefix("stepdistill.") for n in names if n.startswith("stepdistill.")}
     if module in ARROWS or is_paper(module):
-        yield from (f"imports {name}" for name in ours - ARROWS.get(module, PAPER))
+        papers = {name for name in ours if is_paper(name)} if module in WRAPPERS else set()
+        yield from (f"imports {name}" for name in ours - papers - ARROWS.get(module, PAPER))
         yield from (f"imports {name}" for name in others - {"torch"})
     if module in METRICS:
         yield from (f"a metric imports {name}" for name in ours if name.partition(".")[0] in MODELS)
-    if module != "methods":
+    if module != "methods" and module not in WRAPPERS:
         yield from (f"imports the method {name}" for name in ours if is_paper(name))
     if module not in ACCELERATE and "accelerate" in roots:
         yield "imports accelerate"
@@ -131,6 +135,8 @@ def test_the_tree_keeps_its_arrows_limits_and_manners(sources):
         ("stepdistill/methods/_shared.py", "from .base import Batch", "imports methods.base"),
         ("stepdistill/methods/new.py", "from .sid import SiD", "imports methods.sid"),
         ("stepdistill/methods/new.py", "from . import boot", "imports methods.boot"),
+        ("stepdistill/methods/_score.py", "from .sid import SiD", "imports methods.sid"),
+        ("stepdistill/methods/disback.py", "from ..trainer import Trainer", "imports trainer"),
         ("stepdistill/methods/new.py", "from ..trainer import Trainer", "imports trainer"),
         ("stepdistill/methods/new.py", "from ...training import distill", "imports the folder training"),
         ("stepdistill/methods/new.py", "import diffusers", "imports diffusers"),
@@ -161,7 +167,7 @@ def test_a_broken_rule_is_reported(path, source, problem):
     neighbours = dict.fromkeys(
         [
             "stepdistill/methods/__init__.py",
-            *(f"stepdistill/methods/{name}.py" for name in ("base", "_shared", "sid", "boot")),
+            *(f"stepdistill/methods/{name}.py" for name in ("base", "_shared", "_score", "sid", "boot")),
         ],
         "",
     ) | {f"stepdistill/{name}.py": "" for name in SHARED | METRICS | MODELS - {"methods"}}
@@ -177,6 +183,7 @@ def test_a_broken_rule_is_reported(path, source, problem):
         ),
         ("stepdistill/methods/new.py", "from ._shared import TimeLaw\nfrom .base import Method\n" + "x = 1\n" * 198),
         ("stepdistill/methods/__init__.py", "from .new import New"),
+        ("stepdistill/methods/disback.py", "from .new import New"),
         ("stepdistill/config.py", "from .methods import AnyMethod\nimport pydantic"),
         ("stepdistill/evaluation.py", "from .samplers import SampleNoise\nimport numpy"),
         ("stepdistill/trainer.py", "from accelerate import Accelerator\nfrom .methods.base import Method"),

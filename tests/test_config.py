@@ -39,7 +39,7 @@ def test_ranges_of_the_mathematics_are_checked():
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"'boot', 'sid'"):
+    with pytest.raises(UserError, match=r"'sid', 'dmd'.*'boot'"):
         parse(Config, "digits_sid", ["method.name=sidd"])
 
 

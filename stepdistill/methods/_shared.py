@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..conditions import Cond
 from ..denoiser import Denoiser, Prediction
-from ..process import NoiseProcess, broadcast
+from ..process import VP, Flow, NoiseProcess, broadcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,33 @@ def time_at_ratio(process: NoiseProcess, ratio: float) -> float:
     """The snapped time at which ``sigma / alpha`` is ``ratio``."""
     log_snr = -2 * torch.tensor([ratio], dtype=torch.float64).log()
     return snapped(process, process.time_at_log_snr(log_snr).item())
+
+
+@lru_cache
+def few_step_times(process: NoiseProcess, ratio: float, steps: int) -> tuple[float, ...]:
+    """``steps`` levels from ``sigma / alpha = ratio`` down, evenly spread in what a stock scheduler spreads evenly.
+
+    DDPM tables: LCM's grid ``t_k = (t_0 + 1) (1 - k / steps) - 1`` of table entries; rectified flow: ``sigma``;
+    VE and trig: their own time.  The clean sample would be the next level.
+
+    Raises:
+        ValueError: more steps than the teacher's table has entries.
+    """
+    start = time_at_ratio(process, ratio)
+    if steps == 1:
+        return (start,)
+    if isinstance(process, VP):
+        entries = len(process.alphas_cumprod)
+        if steps > entries:
+            raise ValueError(f"steps must be at most the {entries} entries of the teacher's table, got {steps}")
+        stride = min(max(round((start * (entries - 1) + 1) / steps), 1), entries // steps)
+        return tuple((stride * k - 1) / (entries - 1) for k in range(steps, 0, -1))
+    share = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    first = torch.tensor([start], dtype=torch.float64)
+    if isinstance(process, Flow):
+        level = process.sigma(first) * share
+        return tuple(process.time_at_log_snr(2 * ((1 - level).log() - level.log())).tolist())
+    return tuple((first * share).tolist())
 
 
 def pixel_mean(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -21,10 +21,13 @@ class Batch(NamedTuple):
     noise: Tensor
     """``(B, C, H, W)``, standard normal."""
     cond: Cond = NO_COND
+    memory: dict[str, Tensor] = {}  # noqa: RUF012
+    """What the method itself keeps from step to step; empty at first, part of every checkpoint."""
 
 
 Nets = Mapping[str, Denoiser]
-"""The networks by role: ``teacher`` (frozen), ``student`` and the method's own ``roles``."""
+"""The networks by role: ``teacher`` (frozen), ``student`` and the method's own roles; the one that learns is also
+there frozen, as ``still``: the same weights for passes without gradients and for forward-mode derivatives."""
 
 
 class Loss(NamedTuple):
@@ -43,6 +46,16 @@ class Turn(NamedTuple):
     loss: Callable[[Nets, Batch], Loss]
 
 
+class Snapshots(Protocol):
+    """Networks kept by name for the length of a run."""
+
+    def keep(self, name: str, net: Denoiser) -> None:
+        """Remember the weights of ``net`` as ``name``."""
+
+    def put(self, name: str, net: Denoiser) -> None:
+        """Give ``net`` the weights kept as ``name``; nothing happens where it has them already."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A distillation method: its hyper-parameters are its fields, its equations its losses."""
@@ -52,6 +65,8 @@ class Method(ABC):
     """Authors, year and arXiv number."""
     roles: ClassVar[tuple[str, ...]] = ()
     """Networks trained beside the student; each starts as a copy of the teacher."""
+    frozen_roles: ClassVar[tuple[str, ...]] = ()
+    """Networks that are not trained but given other weights by ``prepare``; copies of the teacher at first."""
     targets: ClassVar[tuple[Target, ...]] = ("eps", "v", "x0", "flow", "edm")
     """Outputs a teacher may have."""
     two_times: ClassVar[bool] = False
@@ -60,6 +75,12 @@ class Method(ABC):
     @abstractmethod
     def turns(self, step: int) -> Iterator[Turn]:
         """The updates of one training step, in order."""
+
+    def prepare(self, step: int, nets: Nets, snapshots: Snapshots) -> None:  # noqa: B027
+        """Before the turns of ``step``: keep networks, or give a frozen one other weights.
+
+        Called again at the first step after a resume, so it depends on ``step`` alone.
+        """
 
     @abstractmethod
     def sampler(self, process: NoiseProcess) -> StudentSampler:

@@ -111,7 +111,7 @@ class BOOT(Method):
         Both terms go through one student call.  The boundary time ``t'`` is drawn from the whole last interval:
         anchoring ``t_max`` alone would leave the chains that do not meet it exactly without a start.
         """
-        noise, cond = batch
+        noise, cond = batch.noise, batch.cond
         teacher, student = nets["teacher"], nets["student"]
         start = noise.new_full((len(noise),), snapped(teacher.process, self.t_max), dtype=torch.float64)
         x_start = teacher.process.student_input(noise, start, self.input)

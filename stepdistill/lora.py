@@ -1,0 +1,73 @@
+"""Roles that are low-rank adapters on the teacher's own weights (Hu et al. 2022, arXiv:2106.09685), through peft."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .config import Lora
+from .errors import UserError
+
+
+def add_lora(teacher: nn.Module, lora: Lora, role: str) -> nn.Module:
+    """A network with trainable adapters whose other weights are the teacher's, in the same memory.
+
+    The teacher itself stays a network of its own without adapters, so there is nothing to switch on and off.
+    The adapters start at zero: the new network starts as the teacher.
+
+    Raises:
+        UserError: no layer has one of the wanted names; the message lists those that could be adapted.
+    """
+    check_lora(teacher, lora, role)
+    network = copy.deepcopy(teacher)
+    for mine, theirs in zip(network.parameters(), teacher.parameters(), strict=True):
+        mine.data = theirs.data
+    config = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=list(lora.targets))
+    network = inject_adapter_in_model(config, network)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return network
+
+
+def check_lora(teacher: nn.Module, lora: Lora, role: str) -> None:
+    """Refuse targets that name no layer.
+
+    Raises:
+        UserError: as said.
+    """
+    layers = [name for name, module in teacher.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    lost = [end for end in lora.targets if not any(name == end or name.endswith(f".{end}") for name in layers)]
+    if lost:
+        ends = sorted({_end(name) for name in layers})
+        raise UserError(
+            f"training.lora.{role}.targets: {', '.join(lost)} matches no layer; the network has {', '.join(ends)}"
+        )
+
+
+def _end(name: str) -> str:
+    """The last part of a layer's name that is not a number, with the number behind it: ``to_out.0``."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() and len(parts) > 1 else parts[-1]
+
+
+@torch.no_grad()
+def merged(network: nn.Module) -> nn.Module:
+    """A copy without adapters that computes the same; a network without adapters is copied as it is."""
+    network = copy.deepcopy(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, module.get_base_layer())
+    return network
+
+
+def plain_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network as those of one without adapters."""
+    adapted = any(isinstance(module, BaseTunerLayer) for module in network.modules())
+    return (merged(network) if adapted else network).state_dict()

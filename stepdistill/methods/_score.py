@@ -1,0 +1,165 @@
+"""What the score-distillation methods share: a student of one to K calls, and a fake network that follows it.
+
+A method of this family says only which way a sample should move (``gradient``).  The student's law is the
+uniform mixture of its K outputs (few-step SiD, Zhou et al. 2025, arXiv:2505.12674): one call is drawn per
+step, the same for every network and process, and only that call learns.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..conditions import Cond, repeat
+from ..denoiser import Denoiser, Prediction
+from ..process import InputScale, NoiseProcess
+from ..samplers import Renoising, StudentSampler
+from ._shared import TimeLaw, UniformTimes, denoising_loss, few_step_times, pixel_mean
+from .base import Batch, Loss, Method, Nets, Turn
+
+Weight = Literal["adaptive", "kl", "vsd", "one"]
+"""How much a difference of denoisers counts, see ``matching_gradient``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreDistillation(Method):
+    """A student that descends a difference of two denoisers: the teacher's and the fake network's."""
+
+    roles: ClassVar = ("fake",)
+
+    steps: int = 1
+    """Network calls of the student."""
+    init_ratio: float = 2.5
+    """``sigma / alpha`` at which noise enters: EDM's sigma 2.5, Stable Diffusion's step 625; ``inf`` is pure noise."""
+    input: InputScale = "sigma"
+    """What the first call is fed: ``sigma_t`` times the noise, or the unit-variance noise itself."""
+    renoising: Renoising = "fresh"
+    """How a student of several steps returns to the next level."""
+    matched: Literal["uniform", "final"] = "uniform"
+    """Call that a training step compares with the teacher: any of them, equally often, or the last one always."""
+    fake_times: TimeLaw = UniformTimes(low=0.02, high=0.98)
+    """Times at which the fake network learns."""
+    student_times: TimeLaw = UniformTimes(low=0.02, high=0.98)
+    """Times at which the student is compared with the teacher."""
+    fake_updates: int = 1
+    """Updates of the fake network per student update."""
+    fake_guidance: float = 1.0
+    """Guidance scale under which the fake network learns (kappa 1 of SiD-LSG); 0 is without condition (Zero-CFG)."""
+    uncond_share: float = 0.1
+    """Share of conditions replaced by the null one while the fake network learns, where it is guided."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.fake_updates < 1:
+            raise ValueError(f"fake_updates must be at least 1, got {self.fake_updates}")
+        if not self.init_ratio > 0:
+            raise ValueError(f"init_ratio must be positive, got {self.init_ratio}")
+        if not 0 <= self.uncond_share <= 1:
+            raise ValueError(f"uncond_share must lie in [0, 1], got {self.uncond_share}")
+
+    @property
+    def fake_scales(self) -> tuple[float, ...]:
+        """Every guidance scale that the fake network is called with."""
+        return (self.fake_guidance,)
+
+    def check(self, teacher: Denoiser) -> None:
+        super().check(teacher)
+        if teacher.guidance is None and any(scale != 1 for scale in self.fake_scales):
+            raise ValueError(
+                f"guidance {self.fake_scales} of the fake network needs a class-conditional teacher and data.null_label"
+            )
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        call = self.steps - 1 if self.matched == "final" else random.Random(step).randrange(self.steps)
+        for _ in range(self.fake_updates):
+            yield Turn("fake", partial(self.fake_loss, call=call))
+        yield Turn("student", partial(self.student_loss, call=call))
+
+    def sampler(self, process: NoiseProcess) -> StudentSampler:
+        return StudentSampler(few_step_times(process, self.init_ratio, self.steps), self.input, None, self.renoising)
+
+    def generate(self, nets: Nets, batch: Batch, call: int) -> Prediction:
+        """What call number ``call`` of the student says; the calls before it are made without a graph."""
+        predictions = self.sampler(nets["teacher"].process).trace(nets["student"], batch.noise, batch.cond)
+        with torch.no_grad():
+            for _ in range(call):
+                next(predictions)
+        return next(predictions)
+
+    def fake_loss(self, nets: Nets, batch: Batch, call: int = 0) -> Loss:
+        """Denoising score matching on the student's samples."""
+        fake, cond = fake_guided(nets, self.fake_guidance), batch.cond
+        with torch.no_grad():
+            x_g = self.generate(nets, batch, call).x0
+        if fake.guidance is not None and any(scale != 1 for scale in self.fake_scales):
+            cond = dropped(cond, fake.guidance.uncond, self.uncond_share, len(x_g))
+        loss = denoising_loss(fake, x_g, self.fake_times.draw(fake.process, x_g), cond)
+        return Loss(loss, {"loss": loss.detach()})
+
+    def student_loss(self, nets: Nets, batch: Batch, call: int = 0) -> Loss:
+        """The value is the method's loss, where it has one; the gradient is ``gradient``, through the student."""
+        x_g = self.generate(nets, batch, call).x0
+        gradient, log = self.gradient(nets, x_g.detach(), batch.cond)
+        return Loss(steered(x_g, gradient, log["loss"]), log)
+
+    @abstractmethod
+    def gradient(self, nets: Nets, x_g: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
+        """The direction that samples ``x_g (B, ...)`` descend, of the batch mean, and the scalars to log."""
+
+
+@torch.no_grad()
+def matching_gradient(
+    method: ScoreDistillation, nets: Nets, x_g: Tensor, cond: Cond, *, fake_scale: float | Tensor, weight: Weight
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``w (D_psi - D_phi)`` at a random level of every sample, over the batch size, and the scalars to log.
+
+    ``w`` is ``1 / mean|x_g - D_phi|`` (``adaptive``, eq. 8 of DMD), ``alpha^2 / sigma^2`` (``kl``, the exact gradient),
+    ``alpha sigma`` (``vsd``, that of SwiftBrush) or 1.
+    """
+    process = nets["teacher"].process
+    t = method.student_times.draw(process, x_g)
+    x_t = process.add_noise(x_g, torch.randn_like(x_g), t)
+    real = nets["teacher"](x_t, t, cond).x0
+    delta = fake_guided(nets, fake_scale)(x_t, t, cond).x0 - real
+    error = pixel_mean((x_g - real).abs())
+    a, s = process.coefficients(t, x_g)
+    match weight:
+        case "adaptive":
+            scale = error.clamp_min(1e-5).reciprocal().view_as(a)
+        case "kl":
+            scale = (a / s).square()
+        case "vsd":
+            scale = a * s
+        case "one":
+            scale = torch.ones_like(a)
+    gradient = scale * delta
+    gap = pixel_mean(delta.square()).mean()
+    log = {"loss": 0.5 * pixel_mean(gradient.square()).mean(), "score_gap": gap, "x0_error": error.mean()}
+    return gradient / len(x_g), {**log, "std": x_g.std()}
+
+
+def steered(x_g: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+    """A scalar that is ``value`` and whose gradient with respect to ``x_g`` is ``gradient``."""
+    return value + ((x_g - x_g.detach()) * gradient).sum()
+
+
+def fake_guided(nets: Nets, scale: float | Tensor) -> Denoiser:
+    """The fake network under the teacher's kind of guidance with its own ``scale``."""
+    guidance = nets["teacher"].guidance
+    return replace(nets["fake"], guidance=None if guidance is None else replace(guidance, scale=scale))
+
+
+def dropped(cond: Cond, uncond: Cond, share: float, size: int) -> Cond:
+    """``cond`` with a random ``share`` of its ``size`` rows replaced by the null condition."""
+    null = repeat(uncond, size)
+    drop = {key: torch.rand(size, device=value.device) < share for key, value in list(cond.items())[:1]}
+    (lost,) = drop.values()
+    return {key: torch.where(lost.view(-1, *[1] * (value.ndim - 1)), null[key], value) for key, value in cond.items()}

@@ -1,0 +1,113 @@
+"""What a run shows: previews on the way; at the end the student's folder, its distances, a picture, a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .config import Config
+from .data import DataFree
+from .denoiser import Denoiser
+from .evaluation import Evaluator, Measurement
+from .export import Plan, export
+from .report import card, grid, picture, read_history, table, usage
+from .samplers import SampleNoise, StudentSampler, sample_ode
+from .teacher import Teacher
+
+_PICTURE = "student.png"
+_SHOWN = 64
+
+
+class Outcome:
+    """Everything of a run that a person looks at; only the main process has one to show.
+
+    Args:
+        config: of the run.
+        teacher: where the student comes from.
+        taught: the teacher as the student sees it, with its guidance, on the run's device.
+        data: conditions of sample ids.
+    """
+
+    def __init__(self, config: Config, teacher: Teacher, taught: Denoiser, data: DataFree) -> None:
+        self.config, self.teacher, self.taught, self.data = config, teacher, taught, data
+        self.folder, self.student_folder = config.output_dir, config.output_dir / "student"
+        self.evaluator = Evaluator(config.evaluate.reference) if config.evaluate else None
+
+    def preview(self, step: int, student: Denoiser, sampler: StudentSampler) -> dict[str, float]:
+        """The student at fixed noise, the teacher beside; the distance, where one is asked for."""
+        ids = range(self.config.training.preview_samples)
+        folder = self.folder / "previews"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "teacher.png").is_file():
+            grid(self._generate(self.taught, ids, self.teacher.picture_steps)).save(folder / "teacher.png")
+        grid(self._generate(student, ids, sampler)).save(folder / f"step_{step:08d}.png")
+        if not (self.config.evaluate and self.config.evaluate.curve_samples):
+            return {}
+        measured = self._measure("student", student, sampler, self.config.evaluate.curve_samples)
+        return {"fd": measured.distance.value}
+
+    def finish(self, student: Denoiser, sampler: StudentSampler, hosted: Plan, metrics: Path) -> None:
+        """Export the student, evaluate it against the teacher, and say where everything is."""
+        shape, cond = self.teacher.sample_shape, self.data.cond(range(4))
+        export(student, sampler, hosted, self.student_folder, shape=shape, cond=cond)
+        self._describe([], hosted.steps, None)
+        rows = self._evaluate(student, sampler)
+        self._picture(student, sampler, metrics)
+        self._describe(rows, hosted.steps, _PICTURE)
+        if rows and self.evaluator:
+            print(f"\n{table(rows, self.evaluator.extractor.name)}")
+        lines = usage(self.student_folder, hosted.steps)
+        print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{lines}")
+
+    @torch.no_grad()
+    def _generate(self, denoiser: Denoiser, ids: range, how: StudentSampler | int) -> Tensor:
+        """The samples ``ids``, as a student generates them or in that many DDIM steps."""
+        noise = SampleNoise(ids, self.teacher.sample_shape, device=self.data.device)
+        cond = self.data.cond(ids)
+        if isinstance(how, int):
+            return sample_ode(denoiser, noise(), how, cond)
+        return how(denoiser, noise(), cond, renoise=noise)
+
+    def _measure(self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int) -> Measurement:
+        assert self.evaluator is not None
+        assert self.config.evaluate is not None
+        return self.evaluator.measure(
+            label,
+            how if isinstance(how, int) else len(how.times),
+            lambda ids: self._generate(denoiser, ids, how),
+            samples=samples,
+            batch_size=self.config.evaluate.batch_size,
+        )
+
+    def _evaluate(self, student: Denoiser, sampler: StudentSampler) -> list[Measurement]:
+        evaluate = self.config.evaluate
+        if evaluate is None:
+            return []
+        rows = []
+        with tqdm(total=sum(evaluate.teacher_steps) + len(sampler.times), desc="evaluate", mininterval=1) as bar:
+            for steps in evaluate.teacher_steps:
+                rows.append(self._measure(f"teacher, {steps} steps", self.taught, steps, evaluate.samples))
+                bar.update(steps)
+            rows.append(self._measure("student", student, sampler, evaluate.samples))
+            bar.update(len(sampler.times))
+        (self.folder / "evaluation.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        return rows
+
+    def _picture(self, student: Denoiser, sampler: StudentSampler, metrics: Path) -> None:
+        ids, steps = range(_SHOWN), self.teacher.picture_steps
+        taught, learned = self._generate(self.taught, ids, steps), self._generate(student, ids, sampler)
+        title = f"{self.config.methods_used}: {self.config.teacher}, teacher in {steps} steps"
+        history = read_history(metrics)
+        picture(self.folder / _PICTURE, taught, learned, history, title=title, steps=len(sampler.times))
+        shutil.copyfile(self.folder / _PICTURE, self.student_folder / _PICTURE)
+
+    def _describe(self, rows: list[Measurement], steps: int, picture_name: str | None) -> None:
+        metric = self.evaluator.extractor.name if self.evaluator else ""
+        described = card(self.config, rows, metric, steps=steps, picture_name=picture_name)
+        described.save(self.student_folder / "README.md")
