@@ -96,7 +96,7 @@ class Run:
             self.training,
             steps=stage.steps,
             batches=self.data.batch,
-            accelerator=self.accelerator,
+            accelerator=Accelerator(),  # of the same state, without the networks of the stage before
             snapshots=OnDisk(self.folder / "snapshots" / place, self.accelerator),
             watch=self._watch,
         )
@@ -161,7 +161,6 @@ class Run:
         while self.index + 1 < len(self.stages):
             with self.trainer.averaged_weights() as student:
                 network = single_time(merged(student.network), self.taught.process, self.sampler)
-            self.accelerator.free_memory()
             self._enter(self.index + 1, network)
             self._train()
 

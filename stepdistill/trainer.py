@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -114,8 +115,11 @@ class Trainer:
                 for key, scalar in watched.items():
                     logs.setdefault(f"{role}/{key}", []).append(scalar)
             self._update(role)
-        for schedule in self.schedules.values():
-            schedule.step()
+        with warnings.catch_warnings():
+            # A role that has not learned yet (DisBack's student while it records) follows the schedule all the same.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for schedule in self.schedules.values():
+                schedule.step()
         self.progress.step += 1
         return {name: torch.stack(scalars).mean() for name, scalars in logs.items()}
 

@@ -1,0 +1,157 @@
+"""Runs that chain methods, and runs whose roles are adapters or go back to kept networks."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMScheduler
+from test_distill import metrics, run, same, student_weights
+
+from stepdistill.process import VP
+
+LINEAR = VP(DDPMScheduler().alphas_cumprod.double())
+SID = {"name": "sid", "init_ratio": 1.0, "input": "unit"}
+DMD = {"name": "dmd", "init_ratio": 1.0, "input": "unit", "fake_updates": 1}
+
+
+def ratio_at(t: float) -> float:
+    time = torch.tensor([t], dtype=torch.float64)
+    return (LINEAR.sigma(time) / LINEAR.alpha(time)).item()
+
+
+def recipe(path, teacher, *, name="recipe.yaml", **settings):
+    """A config file whose weights move visibly and whose every step is a checkpoint."""
+    training = {"optimizer": {"lr": 1e-3}, "checkpoint_every": 1, "checkpoints_kept": 9, "ema_halflife_images": 8}
+    values = {"teacher": str(teacher), "output_dir": str(path / "run"), "training": training, **settings}
+    (path / name).write_text(yaml.safe_dump(values))
+    return str(path / name)
+
+
+def chained(path, teacher, second_steps=3, first=SID, second=DMD, **options):
+    stages = [{"method": first, "steps": 2, **options}, {"method": second, "steps": second_steps}]
+    return recipe(path, teacher, stages=stages)
+
+
+def test_stages_are_one_run_with_one_history_and_one_student(teachers, tmp_path):
+    config = chained(tmp_path, teachers())
+    assert run(config=config) == 0
+    folder = tmp_path / "run"
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5]
+    card = (folder / "student/README.md").read_text()
+    assert "SiD, then DMD" in card
+    assert "stepdistill-dmd" in card
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert [stage["method"]["name"] for stage in written["stages"]] == ["sid", "dmd"]
+    assert run(f"output_dir={tmp_path / 'again'}", config=str(folder / "config.yaml")) == 0
+    assert same(student_weights(folder), student_weights(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("lost", ["stage_2/step_00000003", "stage_2/step_0000000[23]", "stage_2"])
+def test_a_chain_resumes_exactly_in_any_stage(lost, teachers, tmp_path):
+    config, folder = chained(tmp_path, teachers()), tmp_path / "run"
+    assert run(config=config) == 0
+    whole = student_weights(folder)
+    for path in (folder / "checkpoints").glob(lost):
+        shutil.rmtree(path)
+    shutil.rmtree(folder / "student")
+    assert run("resume=true", config=config) == 0
+    assert same(student_weights(folder), whole)
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (SID, DMD),
+        ({"name": "boot", "t_max": 0.5}, {**SID, "init_ratio": ratio_at(round(0.5 * 999) / 999)}),
+    ],
+    ids=["sid-dmd", "boot-sid"],
+)
+def test_a_stage_starts_as_the_one_before_ended(first, second, teachers, tmp_path):
+    """At a learning rate of almost nothing the second stage changes almost nothing: adapters fold, embeddings fold."""
+    still = {"optimizer": {"lr": 1e-12}, "checkpoint_every": 0}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    stages = [{"method": first, "steps": 2}, {"method": second, "steps": 1, "training": still}]
+    assert run(config=recipe(tmp_path / "a", teachers(), stages=stages)) == 0
+    assert run(config=recipe(tmp_path / "b", teachers(), method=first, steps=2)) == 0
+    chain, alone = student_weights(tmp_path / "a/run"), student_weights(tmp_path / "b/run")
+    for name, weight in alone.items():
+        torch.testing.assert_close(chain[name], weight, atol=1e-6, rtol=0)
+
+
+def test_stages_that_do_not_fit_are_refused(teachers, tmp_path, capsys):
+    config = chained(tmp_path, teachers(), second={**DMD, "init_ratio": 2.0})
+    assert run(config=config) == 2
+    error = capsys.readouterr().err
+    assert "stages 1 and 2 do not fit" in error
+    assert "init_ratio" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": SID, "steps": 2, "stages": [{"method": SID, "steps": 2}]}, "either method and steps, or stages"),
+        ({"method": SID}, "steps is missing"),
+        ({"steps": 3}, "method is missing"),
+        ({}, "stages"),
+    ],
+)
+def test_a_run_is_described_in_one_way(settings, message, teachers, tmp_path, capsys):
+    assert run(config=recipe(tmp_path, teachers(), **settings)) == 2
+    assert message in capsys.readouterr().err
+
+
+def lora(**roles):
+    return {role: {"rank": rank, "alpha": rank, "targets": ["to_q", "to_v", "conv1"]} for role, rank in roles.items()}
+
+
+def test_a_student_of_adapters_trains_resumes_and_exports_merged(teachers, tmp_path):
+    training = {
+        "lora": lora(student=4, fake=2),
+        "optimizer": {"lr": 1e-2},
+        "checkpoint_every": 1,
+        "ema_halflife_images": 8,
+    }
+    config = recipe(tmp_path, teachers(), method=DMD, steps=3, training=training)
+    assert run(config=config) == 0
+    folder = tmp_path / "run"
+    learned, before = student_weights(folder), student_weights_of(teachers())
+    assert learned.keys() == before.keys()
+    moved = {name for name in learned if (learned[name] - before[name]).abs().max() > 1e-5 and "conv_out" not in name}
+    assert moved
+    assert all(any(end in name for end in ("to_q", "to_v", "conv1")) for name in moved)
+    shutil.rmtree(max((folder / "checkpoints").glob("step_*")))
+    shutil.rmtree(folder / "student")
+    assert run("resume=true", config=config) == 0
+    assert same(student_weights(folder), learned)
+
+
+def student_weights_of(teacher):
+    from safetensors.torch import load_file
+
+    return load_file(teacher / "unet/diffusion_pytorch_model.safetensors")
+
+
+def test_adapters_that_match_nothing_are_refused_with_the_layers_there_are(teachers, tmp_path, capsys):
+    training = {"lora": {"fake": {"targets": ["to_z"]}}}
+    assert run(config=recipe(tmp_path, teachers(), method=DMD, steps=1, training=training)) == 2
+    error = capsys.readouterr().err
+    assert "to_z matches no layer" in error
+    assert "to_q" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_backtracking_resumes_exactly_while_a_kept_network_teaches(teachers, tmp_path):
+    method = {"name": "disback", "method": DMD, "record_steps": 2, "points": 2, "switch_every": 3}
+    config, folder = recipe(tmp_path, teachers(), method=method, steps=6), tmp_path / "run"
+    assert run(config=config) == 0
+    whole = student_weights(folder)
+    assert [path.name for path in (folder / "snapshots").iterdir()] == ["target_1.safetensors"]
+    for step in (5, 6, 4):
+        shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+    shutil.rmtree(folder / "student")
+    assert run("resume=true", config=config) == 0
+    assert same(student_weights(folder), whole)
