@@ -104,6 +104,13 @@ class Data(Section):
     """The label that means "no class"; needed for guidance."""
 
 
+class RealData(Section):
+    """Real images, for the adversarial term of a method; without this section a run is data-free."""
+
+    images: str
+    """Folder, ``.npz`` or ``builtin:digits``, of the teacher's size and channels."""
+
+
 class Evaluate(Section):
     """The comparison of teacher and student that ends a run."""
 
@@ -143,6 +150,7 @@ class Config(Section):
     """Methods one after the other, in place of ``method`` and ``steps``."""
     training: Training = Training()
     data: Data = Data()
+    real_data: RealData | None = None
     evaluate: Evaluate | None = None
 
     @model_validator(mode="after")

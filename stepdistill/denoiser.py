@@ -94,6 +94,8 @@ class Denoiser:
     """Noise level at which a consistency network is the identity."""
     guidance: Guidance | None = None
     view: NoiseProcess | None = None
+    bottleneck: Callable[[nn.Module], nn.Module] | None = None
+    """Finds the innermost layer of the network, where it has one."""
 
     @property
     def process(self) -> NoiseProcess:
@@ -118,6 +120,17 @@ class Denoiser:
         output = self._output(x * self._input_scale(s), time, cond)
         x0, eps = self._read(output, x.to(output.dtype), a, s)
         return Prediction(self.process, x_t, t, x0, eps)
+
+    def judged(self, x_t: Tensor, t: Tensor, cond: Cond = NO_COND) -> tuple[Prediction, Tensor]:
+        """The prediction, and the channel mean ``(B, ...)`` of the bottleneck's output ``(B, C, ...)`` on the way."""
+        assert self.bottleneck is not None
+        seen: list[Tensor] = []
+        hook = self.bottleneck(self.network).register_forward_hook(lambda layer, given, output: seen.append(output))
+        try:
+            prediction = self(x_t, t, cond)
+        finally:
+            hook.remove()
+        return prediction, seen[0].mean(1, keepdim=True)
 
     def _output(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The (guided) network output in at least float32."""

@@ -6,6 +6,7 @@ import copy
 import json
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -21,12 +22,12 @@ from tqdm.auto import tqdm
 from .backbones.unet2d import TargetTimeUNet
 from .checkpoints import Checkpoints
 from .config import Config, Stage, Training
-from .data import data_free
+from .data import data_free, real_images
 from .errors import Diverged, UserError
 from .export import plan, single_time
 from .lora import add_lora, check_lora, merged
 from .outcome import Outcome
-from .preflight import check_evaluation, check_launch, check_output, check_stages, check_trackers
+from .preflight import check_evaluation, check_images, check_launch, check_output, check_stages, check_trackers
 from .report import read_history
 from .snapshots import OnDisk
 from .teacher import Teacher, load_teacher
@@ -67,6 +68,8 @@ class Run:
         self.samplers = [stage.method.sampler(guided.process) for stage in self.stages]
         self.hosted = plan(self.teacher.denoiser, self.samplers[-1], classes=self.teacher.classes)
         check_evaluation(config.evaluate, self.teacher)
+        check_images(self.stages, config.real_data)
+        images = real_images(self.teacher, config.real_data) if config.real_data else None
         self.accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision,
             log_with=list(config.training.trackers) or None,
@@ -76,6 +79,8 @@ class Run:
         )
         set_seed(config.seed, device_specific=True)
         self.data = data_free(self.teacher, config.data, self.accelerator.device)
+        if images is not None:
+            self.data = replace(self.data, images=images.to(self.accelerator.device))
         self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
         self.taught = self.teacher.guided(config.data)
         self.outcome = Outcome(config, self.teacher, self.taught, self.data)
@@ -122,7 +127,7 @@ class Run:
         free = {"checkpoint_every", "checkpoints_kept", "log_every", "preview_every", "preview_samples", "trackers"}
         training = {key: value for key, value in values["training"].items() if key not in free}
         processes = self.accelerator.num_processes
-        kept = {key: values[key] for key in ("teacher", "seed", "method", "stages", "data")}
+        kept = {key: values[key] for key in ("teacher", "seed", "method", "stages", "data", "real_data")}
         return json.loads(json.dumps({**kept, "training": training, "processes": processes}))
 
     def begin(self) -> None:

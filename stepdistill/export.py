@@ -134,7 +134,8 @@ def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int 
         raise UserError(f"{refusal}: it re-uses its first noise; set method.renoising=fresh or ddim")
     if sampler.target_time is not None:
         raise UserError(f"{refusal}: its network is told one target time only")
-    labels = process.label(torch.tensor(sampler.times)).tolist()
+    times = torch.tensor(sampler.times, dtype=torch.float64)
+    labels = process.label(times).tolist()
     if isinstance(process, VP):
         if not math.isclose(first.input, 1.0, rel_tol=1e-12):
             raise UserError(f"{refusal}: its first call is fed sigma times the noise; set method.input=unit")
@@ -143,7 +144,7 @@ def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int 
             raise UserError(f"{refusal}: timesteps {[round(x, 2) for x in labels]} are not evenly spaced down to -1")
         shared = {
             "num_train_timesteps": size,
-            "trained_betas": _betas(denoiser, label, process.alpha(torch.tensor(sampler.times[:1])).item()),
+            "trained_betas": _betas(denoiser, label, process.alpha(times[:1]).item()),
             "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(denoiser.target),
             "clip_sample": False,
             "set_alpha_to_one": True,
@@ -155,7 +156,7 @@ def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int 
         else:
             scheduler = DDIMScheduler(**shared, timestep_spacing="trailing")
         return Plan(ConsistencyModelPipeline, scheduler, steps, first, first.output, label)
-    levels = process.sigma(torch.tensor(sampler.times)).tolist()
+    levels = process.sigma(times).tolist()
     even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
     scale = labels[0] / levels[0]
     if not isinstance(process, Flow) or process.reversed_label or denoiser.target != "flow" or not even:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import LoggerType, str_to_bool
 
-from .config import Evaluate, Stage
+from .config import Evaluate, RealData, Stage
 from .denoiser import Denoiser
 from .errors import UserError
 from .features import DigitsExtractor
@@ -105,3 +105,20 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
                 f"{stages[number - 1].method.name} {fed[0]}, that of {stages[number].method.name} {fed[1]}; "
                 "give both methods the same level (init_ratio or t_max) and input"
             )
+
+
+def check_images(stages: tuple[Stage, ...], real_data: RealData | None) -> None:
+    """Refuse images that nothing looks at, and an adversarial term without images.
+
+    Raises:
+        UserError: as said.
+    """
+    takers = [stage.method.name for stage in stages if stage.method.takes_images]
+    if real_data is not None and not takers:
+        names = ", ".join(stage.method.name for stage in stages)
+        raise UserError(
+            f"real_data is given, but {names} takes no images; remove it, or set method.adversarial={{}} of a method "
+            "that has one (sid, dmd, swiftbrush)"
+        )
+    if real_data is None and takers:
+        raise UserError(f"the adversarial term of {takers[0]} needs real_data.images; set it, or adversarial=null")

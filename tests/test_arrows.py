@@ -21,7 +21,8 @@ ARROWS: dict[str, set[str]] = {
     "samplers": {"process", "conditions", "denoiser"},
     "methods.base": SHARED,
     "methods._shared": SHARED,
-    "methods._score": SHARED | {"methods.base", "methods._shared"},
+    "methods._adversarial": SHARED | {"methods._shared"},
+    "methods._score": SHARED | {"methods.base", "methods._shared", "methods._adversarial"},
 }
 """All that these modules may import of ours; beside it torch and the standard library, as for the papers."""
 PAPER = SHARED | {"methods.base", "methods._shared", "methods._score"}

@@ -17,6 +17,11 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
     return network(x, label.float(), **cond, return_dict=False)[0]
 
 
+def bottleneck(network: nn.Module) -> nn.Module:
+    """The middle block, also of a wrapped network."""
+    return next(layer for name, layer in network.named_modules() if name.split(".")[-1] == "mid_block")
+
+
 def sample_shape(network: UNet2DModel) -> tuple[int, int, int]:
     """``(C, H, W)`` of one sample."""
     size = network.config["sample_size"]

@@ -21,6 +21,7 @@ from ..conditions import Cond, repeat
 from ..denoiser import Denoiser, Prediction
 from ..process import InputScale, NoiseProcess
 from ..samplers import Renoising, StudentSampler
+from ._adversarial import Adversarial, adversarial_gradient, judging_loss
 from ._shared import TimeLaw, UniformTimes, denoising_loss, few_step_times, pixel_mean
 from .base import Batch, Loss, Method, Nets, Turn
 
@@ -54,6 +55,8 @@ class ScoreDistillation(Method):
     """Guidance scale under which the fake network learns (kappa 1 of SiD-LSG); 0 is without condition (Zero-CFG)."""
     uncond_share: float = 0.1
     """Share of conditions replaced by the null one while the fake network learns, where it is guided."""
+    adversarial: Adversarial | None = None
+    """Optional term on real images, which come from ``real_data``; null is data-free."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -65,23 +68,32 @@ class ScoreDistillation(Method):
         if not 0 <= self.uncond_share <= 1:
             raise ValueError(f"uncond_share must lie in [0, 1], got {self.uncond_share}")
 
-    @property
-    def fake_scales(self) -> tuple[float, ...]:
-        """Every guidance scale that the fake network is called with."""
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor, ...]:
+        """Every guidance scale that the fake network is called with beside ``teacher``."""
         return (self.fake_guidance,)
+
+    @property
+    def takes_images(self) -> bool:
+        return self.adversarial is not None
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
-        if teacher.guidance is None and any(scale != 1 for scale in self.fake_scales):
+        if self.adversarial and self.fake_guidance not in (0, 1):
+            raise ValueError(f"adversarial needs fake_guidance 0 or 1, one pass to judge by, got {self.fake_guidance}")
+        if self.adversarial and teacher.bottleneck is None:
+            raise ValueError("adversarial needs a network with a bottleneck to judge by; this family has none")
+        scales = self.fake_scales(teacher)
+        if teacher.guidance is None and any(scale != 1 for scale in scales):
             raise ValueError(
-                f"guidance {self.fake_scales} of the fake network needs a class-conditional teacher and data.null_label"
+                f"guidance {scales} of the fake network needs a class-conditional teacher and data.null_label"
             )
 
     def turns(self, step: int) -> Iterator[Turn]:
         call = self.steps - 1 if self.matched == "final" else random.Random(step).randrange(self.steps)
         for _ in range(self.fake_updates):
             yield Turn("fake", partial(self.fake_loss, call=call))
-        yield Turn("student", partial(self.student_loss, call=call))
+        judged = self.adversarial is not None and step >= self.adversarial.start
+        yield Turn("student", partial(self.student_loss, call=call, judged=judged))
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         return StudentSampler(few_step_times(process, self.init_ratio, self.steps), self.input, None, self.renoising)
@@ -96,19 +108,34 @@ class ScoreDistillation(Method):
 
     def fake_loss(self, nets: Nets, batch: Batch, call: int = 0) -> Loss:
         """Denoising score matching on the student's samples."""
-        fake, cond = fake_guided(nets, self.fake_guidance), batch.cond
+        fake, cond, guidance = fake_guided(nets, self.fake_guidance), batch.cond, nets["teacher"].guidance
         with torch.no_grad():
             x_g = self.generate(nets, batch, call).x0
-        if fake.guidance is not None and any(scale != 1 for scale in self.fake_scales):
-            cond = dropped(cond, fake.guidance.uncond, self.uncond_share, len(x_g))
-        loss = denoising_loss(fake, x_g, self.fake_times.draw(fake.process, x_g), cond)
-        return Loss(loss, {"loss": loss.detach()})
+        scales = self.fake_scales(nets["teacher"])
+        if guidance is not None and not all(replace(guidance, scale=scale).only_conditional for scale in scales):
+            cond = dropped(cond, guidance.uncond, self.uncond_share, len(x_g))
+        t = self.fake_times.draw(fake.process, x_g)
+        if self.adversarial is None or batch.real is None:
+            loss = denoising_loss(fake, x_g, t, cond)
+            return Loss(loss, {"loss": loss.detach()})
+        loss, entropy = judging_loss(fake, x_g, batch.real, t, cond)
+        log = {"loss": loss.detach(), "judging": entropy.detach()}
+        return Loss(loss + self.adversarial.fake_weight * entropy, log)
 
-    def student_loss(self, nets: Nets, batch: Batch, call: int = 0) -> Loss:
+    def student_loss(self, nets: Nets, batch: Batch, call: int = 0, *, judged: bool = False) -> Loss:
         """The value is the method's loss, where it has one; the gradient is ``gradient``, through the student."""
         x_g = self.generate(nets, batch, call).x0
-        gradient, log = self.gradient(nets, x_g.detach(), batch.cond)
+        gradient, log = self.total_gradient(nets, x_g.detach(), batch.cond, judged=judged)
         return Loss(steered(x_g, gradient, log["loss"]), log)
+
+    def total_gradient(self, nets: Nets, x_g: Tensor, cond: Cond, *, judged: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """``gradient`` and, where the student is ``judged``, that of looking real."""
+        gradient, log = self.gradient(nets, x_g, cond)
+        if not judged or self.adversarial is None:
+            return gradient, log
+        fake = fake_guided(nets, self.fake_guidance)
+        towards, loss = adversarial_gradient(fake, x_g, self.fake_times.draw(fake.process, x_g), cond)
+        return gradient + self.adversarial.student_weight * towards, {**log, "looks_real": loss}
 
     @abstractmethod
     def gradient(self, nets: Nets, x_g: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:

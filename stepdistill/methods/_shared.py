@@ -153,7 +153,10 @@ def regression_weight(denoiser: Denoiser, prediction: Prediction) -> Tensor:
 
 def denoising_loss(denoiser: Denoiser, x0: Tensor, t: Tensor, cond: Cond) -> Tensor:
     """Denoising score matching on given samples: per-sample sums averaged over the batch, scalar."""
-    x_t = denoiser.process.add_noise(x0, torch.randn_like(x0), t)
-    prediction = denoiser(x_t, t, cond)
+    return regression(denoiser, denoiser(denoiser.process.add_noise(x0, torch.randn_like(x0), t), t, cond), x0)
+
+
+def regression(denoiser: Denoiser, prediction: Prediction, x0: Tensor) -> Tensor:
+    """The denoising loss of a prediction of ``x0``, in the weighting of ``regression_weight``; scalar."""
     weight = broadcast(regression_weight(denoiser, prediction), x0)
     return pixel_sum(weight * (prediction.x0 - x0).square()).mean()

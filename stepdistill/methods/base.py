@@ -16,11 +16,13 @@ from ..samplers import StudentSampler
 
 
 class Batch(NamedTuple):
-    """One data-free batch: noise and conditions, never an image."""
+    """One data-free batch: noise and conditions; no image unless the run has a ``real_data`` section."""
 
     noise: Tensor
     """``(B, C, H, W)``, standard normal."""
     cond: Cond = NO_COND
+    real: Tensor | None = None
+    """``(B, C, H, W)`` in [-1, 1]: real images, for a method's adversarial term alone (``Method.takes_images``)."""
     memory: dict[str, Tensor] = {}  # noqa: RUF012
     """What the method itself keeps from step to step; empty at first, part of every checkpoint."""
 
@@ -85,6 +87,11 @@ class Method(ABC):
     @abstractmethod
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         """How the student of this method generates under the teacher's ``process``."""
+
+    @property
+    def takes_images(self) -> bool:
+        """An adversarial term is on, the only use this package has for real images."""
+        return False
 
     def check(self, teacher: Denoiser) -> None:
         """Raise ``ValueError`` where this method cannot learn from ``teacher``."""

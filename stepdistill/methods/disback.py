@@ -53,6 +53,10 @@ class DisBack(Method):
     def check(self, teacher: Denoiser) -> None:
         self.method.check(teacher)
 
+    @property
+    def takes_images(self) -> bool:
+        return self.method.takes_images
+
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         return self.method.sampler(process)
 

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..conditions import Cond
+from ..denoiser import Denoiser
 from ._score import ScoreDistillation, matching_gradient
 from .base import Nets
 
@@ -33,8 +34,7 @@ class DMD(ScoreDistillation):
     eval_guidance: float = 1.0
     """Guidance scale of the fake network beside the teacher's, which is data.guidance_scale."""
 
-    @property
-    def fake_scales(self) -> tuple[float, ...]:
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor, ...]:
         return (self.fake_guidance, self.eval_guidance)
 
     def gradient(self, nets: Nets, x_g: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:

@@ -65,18 +65,17 @@ class SiD(ScoreDistillation):
         if not 0.0 <= self.alpha <= 1.5:
             raise ValueError(f"alpha must lie in [0, 1.5] (the paper uses 0.5 to 1.2), got {self.alpha}")
 
-    @property
-    def fake_scales(self) -> tuple[float, ...]:
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor, ...]:
         return (self.fake_guidance, self.delta_guidance, self.bracket_guidance)
 
-    def student_loss(self, nets: Nets, batch: Batch, call: int = 0) -> Loss:
+    def student_loss(self, nets: Nets, batch: Batch, call: int = 0, *, judged: bool = False) -> Loss:
         """The identity loss in two phases: its gradient with respect to ``x_g`` first, then through the generator.
 
         The value returned is the loss itself; its gradient reaches the generator through ``x_g`` alone.
         """
         with torch.set_grad_enabled(not self.low_memory):
             made = self.generate(nets, batch, call)
-        gradient, log = self.gradient(nets, made.x0.detach(), batch.cond)
+        gradient, log = self.total_gradient(nets, made.x0.detach(), batch.cond, judged=judged)
         x_g = nets["student"](made.x_t, made.t, batch.cond).x0 if self.low_memory else made.x0
         return Loss(steered(x_g, gradient, log["loss"]), log)
 

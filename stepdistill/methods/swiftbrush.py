@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..conditions import Cond
+from ..denoiser import Denoiser
 from ._score import ScoreDistillation, matching_gradient
 from ._shared import TimeLaw, UniformTimes
 from .base import Nets
@@ -32,8 +33,10 @@ class SwiftBrush(ScoreDistillation):
     fake_times: TimeLaw = UniformTimes(low=0.0, high=1.0)
     """Times at which the fake network learns."""
 
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor, ...]:
+        return (self.fake_guidance, 1.0 if teacher.guidance is None else teacher.guidance.scale)
+
     def gradient(self, nets: Nets, x_g: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
         """``sigma^2 (eps_phi - eps_psi) = alpha sigma (D_psi - D_phi)`` (eq. 8), guided alike."""
-        guidance = nets["teacher"].guidance
-        scale = 1.0 if guidance is None else guidance.scale
+        scale = self.fake_scales(nets["teacher"])[-1]
         return matching_gradient(self, nets, x_g, cond, fake_scale=scale, weight="vsd")

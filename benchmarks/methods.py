@@ -1,0 +1,222 @@
+"""Every method at the same cost: distances against network calls and seconds, as one table and one plot.
+
+    python benchmarks/methods.py [--units 150000] [--seeds 0 1 2] [--only digits_sid digits_dmd] [--threads 2]
+
+The cost of a run is counted, not claimed: one unit is one row through the network forward; a pass that keeps a
+graph costs two more for gradients of the weights, one more for the gradient of the input alone (the usual
+factors).  A recipe's first steps are counted, and its length is set so that every run spends ``--units``
+thousand rows.  Runs live under ``--runs`` and are skipped when finished and continued when interrupted, so the
+command can be stopped and started at will; the table and plot are written from whatever is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from stepdistill.bundled import bundled_configs
+from stepdistill.conditions import Cond
+from stepdistill.config import Config, Training, parse
+from stepdistill.data import data_free
+from stepdistill.evaluation import Evaluator
+from stepdistill.samplers import SampleNoise, sample_ode
+from stepdistill.teacher import load_teacher
+from stepdistill.trainer import Trainer
+
+RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and not name.endswith("_long")]
+TEACHER_STEPS = (50, 32, 16, 8, 4, 2, 1)
+
+
+class Counter:
+    """Counts rows through networks, weighted by the gradients that are kept."""
+
+    def __init__(self, call: Any) -> None:
+        self.call, self.units = call, 0.0
+
+    def __call__(self, network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+        output = self.call(network, x, label, cond)
+        extra = 0
+        if output.requires_grad:
+            extra = 2 if any(parameter.requires_grad for parameter in network.parameters()) else 1
+        self.units += len(x) * (1 + extra)
+        return output
+
+
+def units_per_step(config: Config, steps: int = 8) -> float:
+    """Thousand rows that one step of a recipe costs, the mean of its first steps."""
+    from stepdistill.distill import Run
+
+    run = Run(config.model_copy(update={"output_dir": Path("unused")}))
+    counter = Counter(run.taught.call)
+    trainer = Trainer(
+        run.stage.method,
+        replace(run.taught, call=counter),
+        run._networks(None),
+        cast(Training, run.stage.training),
+        steps=steps,
+        batches=data_free(run.teacher, config.data, torch.device("cpu")).batch,
+        accelerator=Accelerator(),
+    )
+    for _ in range(steps):
+        trainer.step()
+    return counter.units / steps / 1000
+
+
+def diversity(features: Tensor) -> float:
+    """Mean distance between the features of two samples."""
+    half = len(features) // 2
+    return (features[:half] - features[half : 2 * half]).norm(dim=1).mean().item()
+
+
+def train(name: str, seed: int, units: float, folder: Path, threads: int, samples: int) -> None:
+    """Run one recipe to the common cost in a process of its own, whose memory is its own."""
+    done = folder / "cost.json"
+    if done.is_file():
+        return
+    config = parse(Config, name, [f"seed={seed}", f"output_dir={folder}"])
+    per_step = units_per_step(config)
+    steps = max(1, round(units / per_step))
+    resume = folder.is_dir() and any(folder.glob("checkpoints/**/step_*"))
+    if folder.is_dir() and not resume:
+        shutil.rmtree(folder)
+    every = max(1, steps // 8)
+    overrides = [
+        *(f"seed={seed}", f"steps={steps}", f"output_dir={folder}", f"resume={str(resume).lower()}"),
+        *(f"training.preview_every={every}", f"training.checkpoint_every={every}", "training.trackers=[]"),
+        *(f"evaluate.samples={samples}", "evaluate.curve_samples=1000", "evaluate.teacher_steps=[1]"),
+    ]
+    code = (
+        f"import torch, sys, resource, pathlib; torch.set_num_threads({threads})\n"
+        "from stepdistill.config import Config, parse; from stepdistill.distill import distill\n"
+        "distill(parse(Config, sys.argv[1], sys.argv[2:]))\n"
+        f"pathlib.Path({str(folder / 'peak')!r}).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+    )
+    subprocess.run([sys.executable, "-c", code, name, *overrides], check=True)
+    cost = {"units_per_step": per_step, "steps": steps, "peak_mb": int((folder / "peak").read_text()) // 1024}
+    done.write_text(json.dumps(cost))
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What one finished run reached."""
+    cost = json.loads((folder / "cost.json").read_text())
+    student = json.loads((folder / "evaluation.json").read_text())[-1]
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [(row["step"] * cost["units_per_step"], row["seconds"], row["fd"]) for row in history if "fd" in row]
+    return {
+        "calls": student["network_calls"],
+        "fd": student["distance"]["value"],
+        "least_class": min(student["class_shares"]),
+        "images_per_second": student["images_per_second"],
+        "seconds": history[-1]["seconds"],
+        "curve": curve,
+        **cost,
+    }
+
+
+def teacher_rows(samples: int) -> list[dict[str, Any]]:
+    """The teacher at every number of steps, and the diversity of its samples."""
+    teacher, evaluator = load_teacher("builtin:digits"), Evaluator("builtin:digits")
+
+    def row(steps: int) -> dict[str, Any]:
+        def generate(ids: range) -> Tensor:
+            return sample_ode(teacher.denoiser, SampleNoise(ids, teacher.sample_shape)(), steps)
+
+        measured = evaluator.measure(f"teacher {steps}", steps, generate, samples=samples, batch_size=250)
+        return {"steps": steps, "fd": measured.distance.value, "images_per_second": measured.images_per_second}
+
+    return [row(steps) for steps in TEACHER_STEPS]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error; no error for a single one."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """The table, in Markdown."""
+    lines = [
+        "| recipe | calls | FD (mean +- error) | seeds | least class | images/s | minutes | peak MB | steps |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in sorted(runs.items(), key=lambda item: mean_and_error([r["fd"] for r in item[1]])[0]):
+        fd, error = mean_and_error([row["fd"] for row in rows])
+        shown = f"{fd:.2f} +- {error:.2f}" if len(rows) > 1 else f"{fd:.2f}"
+        lines.append(
+            f"| {name} | {rows[0]['calls']} | {shown} | {len(rows)} | {min(r['least_class'] for r in rows):.3f} "
+            f"| {statistics.mean(r['images_per_second'] for r in rows):.0f} "
+            f"| {statistics.mean(r['seconds'] for r in rows) / 60:.1f} | {max(r['peak_mb'] for r in rows)} "
+            f"| {rows[0]['steps']} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], teacher: list[dict[str, Any]], path: Path) -> None:
+    """Distance against network calls and against seconds, the teacher as reference lines."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for axis, index, label in ((axes[0], 0, "thousand rows through a network"), (axes[1], 1, "seconds of training")):
+        for name, rows in runs.items():
+            points = [
+                tuple(statistics.mean(r["curve"][k][i] for r in rows) for i in (index, 2))
+                for k in range(min(len(r["curve"]) for r in rows))
+            ]
+            axis.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix("digits_"))
+        for row in teacher:
+            axis.axhline(row["fd"], color="grey", linewidth=0.5)
+            axis.annotate(f"{row['steps']}", (1, row["fd"]), xycoords=("axes fraction", "data"), fontsize=7)
+        axis.set(yscale="log", xlabel=label)
+    axes[0].set_ylabel("fd-digits-v1 at 1,000 samples (grey: teacher, steps)")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Train what is missing, then write table and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", type=float, default=300.0, help="thousand network rows of every run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=RECIPES, metavar="RECIPE")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        for name in arguments.only:
+            folder = arguments.runs / f"{name}_{seed}"
+            train(name, seed, arguments.units, folder, arguments.threads, arguments.samples)
+            runs.setdefault(name, []).append(read(folder))
+    teacher = teacher_rows(arguments.samples)
+    machine = f"{platform.machine()} CPU, {arguments.threads} threads, torch {torch.__version__}"
+    results = {"machine": machine, "units": arguments.units, "teacher": teacher, "runs": runs}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "methods.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.out / "methods.md").write_text(summary(runs) + "\n")
+    plot(runs, teacher, arguments.out / "methods.png")
+    print(summary(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The one place where images may enter: the adversarial term, off unless a run asks for it."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_unet
+from oracles import PROCESSES, call
+from test_distill import metrics, run
+from torch import nn
+
+from stepdistill.backbones import unet2d
+from stepdistill.denoiser import Denoiser
+from stepdistill.methods import DMD, Batch, DisBack, SiD, SwiftBrush
+from stepdistill.methods._adversarial import Adversarial, adversarial_gradient, judging_loss
+from stepdistill.process import VE, Flow
+
+
+class Judge(nn.Module):
+    """A network whose bottleneck is a linear map of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(4, 6).double(), nn.Linear(6, 4).double()
+
+    def forward(self, x, label):
+        return self.outer(self.inner(x))
+
+
+def judge(process=None) -> Denoiser:
+    return Denoiser(Judge(), process or Flow(), "flow", call, bottleneck=lambda network: network.inner)
+
+
+TIMES = torch.tensor([0.3, 0.6], dtype=torch.float64)
+
+
+def by_hand(fake, x, eps, t, goal):
+    """Cross-entropy of the bottleneck's channel mean, times the four pixels, averaged over the batch."""
+    logit = fake.network.inner(fake.process.add_noise(x, eps, t)).mean(1)
+    signed = logit if goal else -logit
+    return -4 * nn.functional.logsigmoid(signed).mean()
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_losses_of_both_sides_are_those_by_hand(process, monkeypatch):
+    fake = judge(process)
+    x_g, real, eps = torch.randn(3, 2, 4, dtype=torch.float64)
+    monkeypatch.setattr(torch, "randn_like", lambda like: eps)
+    loss, entropy = judging_loss(fake, x_g, real, TIMES, {})
+    made, taken = by_hand(fake, x_g, eps, TIMES, 0), by_hand(fake, real, eps, TIMES, 1)
+    torch.testing.assert_close(entropy, 0.5 * (made + taken))
+    from stepdistill.methods._shared import denoising_loss
+
+    torch.testing.assert_close(loss, denoising_loss(fake, x_g, TIMES, {}))
+    gradient, value = adversarial_gradient(fake, x_g, TIMES, {})
+    leaf = x_g.clone().requires_grad_()
+    expected = by_hand(fake, leaf, eps, TIMES, 1)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, leaf)[0])
+
+
+def test_an_undecided_judge_costs_ln_2_a_pixel():
+    fake = judge()
+    nn.init.zeros_(fake.network.inner.weight)
+    nn.init.zeros_(fake.network.inner.bias)
+    samples = torch.randn(2, 4, dtype=torch.float64)
+    torch.testing.assert_close(judging_loss(fake, samples, samples, TIMES, {})[1].item(), 4 * math.log(2))
+
+
+def test_a_wrapped_unet_is_judged_by_its_middle_block():
+    network = tiny_unet()
+    wrapped = nn.Sequential()
+    wrapped.add_module("module", network)
+    assert unet2d.bottleneck(network) is network.mid_block
+    assert unet2d.bottleneck(wrapped) is network.mid_block
+
+
+@pytest.mark.parametrize("method", [SiD, DMD, SwiftBrush], ids=lambda kind: kind.__name__)
+def test_the_student_is_judged_from_the_start_it_is_given(method):
+    nets = {role: judge() for role in ("teacher", "student", "fake")}
+    for role in ("teacher", "fake"):
+        nets[role].network.requires_grad_(False)
+    batch = Batch(torch.randn(2, 4, dtype=torch.float64), real=torch.randn(2, 4, dtype=torch.float64))
+    asked = method(adversarial=Adversarial(start=3), init_ratio=2.0)
+    for step in (2, 3):
+        *_, (role, loss) = asked.turns(step)
+        assert role == "student"
+        assert ("looks_real" in loss(nets, batch).log) == (step == 3)
+
+
+def test_its_gradient_adds_to_the_students_and_reaches_nobody_else():
+    torch.manual_seed(0)
+    nets = {role: judge() for role in ("teacher", "student", "fake")}
+    nets["fake"] = copy.deepcopy(nets["teacher"])  # no score gradient: what arrives is the judge's
+    for role in ("teacher", "fake"):
+        nets[role].network.requires_grad_(False)
+    batch = Batch(torch.randn(2, 4, dtype=torch.float64))
+    found = {}
+    for weight in (0.0, 0.5, 1.0):
+        torch.manual_seed(1)
+        method = DMD(adversarial=Adversarial(student_weight=weight), init_ratio=2.0)
+        method.student_loss(nets, batch, judged=True).value.backward()
+        found[weight] = [parameter.grad.clone() for parameter in nets["student"].network.parameters()]
+        nets["student"].network.zero_grad()
+        assert all(p.grad is None for role in ("teacher", "fake") for p in nets[role].network.parameters())
+    assert all(not grad.any() for grad in found[0.0])
+    assert any(grad.any() for grad in found[1.0])
+    for half, whole in zip(found[0.5], found[1.0], strict=True):
+        torch.testing.assert_close(2 * half, whole)
+
+
+def test_methods_are_data_free_unless_asked():
+    assert not any(kind().takes_images for kind in (SiD, DMD, SwiftBrush, DisBack))
+    assert DisBack(method=SiD(adversarial=Adversarial())).takes_images
+    with pytest.raises(ValueError, match="one pass to judge by"):
+        SiD(adversarial=Adversarial(), fake_guidance=2.0).check(judge())
+    with pytest.raises(ValueError, match="bottleneck"):
+        SiD(adversarial=Adversarial()).check(Denoiser(Judge(), VE(), "edm", call))
+
+
+def recipe(path, teacher, **settings):
+    values = {"teacher": str(teacher), "output_dir": str(path / "run"), "steps": 2, **settings}
+    (path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return str(path / "recipe.yaml")
+
+
+def test_a_run_with_images_learns_from_both_sides(teachers, tmp_path):
+    method = {"name": "sid", "adversarial": {"start": 1}}
+    assert run(config=recipe(tmp_path, teachers(), method=method, real_data={"images": "builtin:digits"})) == 0
+    first, second = metrics(tmp_path / "run")
+    assert "fake/judging" in first
+    assert "student/looks_real" not in first
+    assert "student/looks_real" in second
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": {"name": "sid", "adversarial": {}}}, "needs real_data.images"),
+        ({"method": {"name": "boot"}, "real_data": {"images": "builtin:digits"}}, "boot takes no images"),
+        ({"method": {"name": "sid"}, "real_data": {"images": "builtin:digits"}}, "sid takes no images"),
+        ({"method": {"name": "sid", "adversarial": {}}, "real_data": {"images": "wrong.npz"}}, "1x4x4"),
+        ({"method": {"name": "sid", "adversarial": {}}, "real_data": {"images": "nowhere"}}, "nowhere"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_before_anything_is_written(
+    settings, message, teachers, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    np.savez("wrong.npz", np.zeros((5, 4, 4), dtype=np.uint8))
+    assert (
+        run(
+            "method.t_max=0.5" if settings["method"]["name"] == "boot" else "steps=1",
+            config=recipe(tmp_path, teachers(), **settings),
+        )
+        == 2
+    )
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
