@@ -52,10 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser(
         "sample",
         help="write images of a student or teacher",
-        description="Write PNG files of a student (one step) or a teacher (any number of steps).",
+        description="Write PNG files of a student, of a teacher (any number of steps), or of the two in turn.",
         epilog=(
             "examples:\n"
             "  stepdistill sample runs/digits_sid/student --count 1000 --out runs/images\n"
+            "  stepdistill sample runs/few_step/student --teacher-first 1 --trace --out runs/varied\n"
             "  stepdistill sample builtin:digits --steps 10 --out runs/teacher_images"
         ),
         formatter_class=_RAW,
@@ -63,11 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("source", help="student folder, teacher folder, hub id or builtin:digits")
     sample.add_argument("--out", type=Path, required=True, help="folder to create")
     sample.add_argument("--count", type=_positive, default=64, help="number of samples (64)")
-    sample.add_argument("--steps", type=_positive, default=50, help="network calls of a teacher (50)")
+    sample.add_argument(
+        "--steps", type=_positive, help="calls of a teacher (50); before a student, of its whole grid (the student's)"
+    )
     sample.add_argument("--solver", choices=("euler", "heun", "dpmpp_2m"), default="euler", help="of a teacher (euler)")
     sample.add_argument("--first-id", type=int, default=0, help="id, and so the noise, of the first sample (0)")
     sample.add_argument("--batch-size", type=_positive, default=64, help="samples at a time (64)")
     sample.add_argument("--labels", type=int, nargs="+", help="class labels to cycle through (all)")
+    sample.add_argument(
+        "--teacher-first", type=_count, default=0, metavar="N", help="the teacher makes a student's first N calls (0)"
+    )
+    sample.add_argument("--teacher", metavar="SOURCE", help="that teacher (the one in the student's model card)")
+    sample.add_argument("--trace", action="store_true", help="also write what every call predicts, to OUT_trace/")
 
     # The evaluator parses its own arguments, so that `python eval/fid.py` and this command are one.
     commands.add_parser("fid", help="Frechet distance between two sets of images", add_help=False)
@@ -101,6 +109,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
 def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     match arguments.command:
         case "distill":
@@ -128,6 +143,9 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
                 batch_size=arguments.batch_size,
                 labels=labels,
                 solver=arguments.solver,
+                teacher_first=arguments.teacher_first,
+                teacher=arguments.teacher,
+                trace=arguments.trace,
             )
             print(folder)
         case "fid":
@@ -160,7 +178,8 @@ def _methods() -> None:
 
     for method in sorted(get_args(AnyMethod), key=lambda kind: kind.__name__.lower()):
         summary = (method.__doc__ or "").splitlines()[0]
-        print(f"{method.__name__:<8}{summary}\n        {method.paper}\n        teachers: {', '.join(method.targets)}")
+        print(f"{method.__name__:<12}{summary}")
+        print(f"{'':<12}{method.paper}\n{'':<12}teachers: {', '.join(method.targets)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

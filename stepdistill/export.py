@@ -127,52 +127,66 @@ def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) ->
 
 def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
     """Schedulers whose own grid for ``steps`` calls is the sampler's, so that plain lines are right."""
-    process, steps = denoiser.process, len(sampler.times)
-    first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    steps, first = len(sampler.times), one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
     refusal = f"no stock scheduler runs this student in {steps} steps"
     if sampler.renoising == "fixed":
         raise UserError(f"{refusal}: it re-uses its first noise; set method.renoising=fresh or ddim")
     if sampler.target_time is not None:
         raise UserError(f"{refusal}: its network is told one target time only")
-    times = torch.tensor(sampler.times, dtype=torch.float64)
-    labels = process.label(times).tolist()
-    if isinstance(process, VP):
-        if not math.isclose(first.input, 1.0, rel_tol=1e-12):
-            raise UserError(f"{refusal}: its first call is fed sigma times the noise; set method.input=unit")
-        size, label = round(labels[0]) + 1, round(labels[0])
-        if any(abs(label - (size * (steps - k) / steps - 1)) > 1e-6 for k, label in enumerate(labels)):
-            raise UserError(f"{refusal}: timesteps {[round(x, 2) for x in labels]} are not evenly spaced down to -1")
-        shared = {
-            "num_train_timesteps": size,
-            "trained_betas": _betas(denoiser, label, process.alpha(times[:1]).item()),
-            "prediction_type": {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(denoiser.target),
-            "clip_sample": False,
-            "set_alpha_to_one": True,
-        }
-        if shared["prediction_type"] is None:
-            raise UserError(f"{refusal}: its network predicts {denoiser.target!r} under a DDPM table")
-        if sampler.renoising == "fresh":
-            scheduler = LCMScheduler(**shared, original_inference_steps=steps, timestep_scaling=1e10)
-        else:
-            scheduler = DDIMScheduler(**shared, timestep_spacing="trailing")
-        return Plan(ConsistencyModelPipeline, scheduler, steps, first, first.output, label)
-    levels = process.sigma(times).tolist()
-    even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
-    scale = labels[0] / levels[0]
-    if not isinstance(process, Flow) or process.reversed_label or denoiser.target != "flow" or not even:
-        raise UserError(
-            f"{refusal}: it takes a DDPM table, or a rectified flow at sigma 1, {1 - 1 / steps:.4g}, ... "
-            "(method.init_ratio=.inf)"
-        )
+    if isinstance(denoiser.process, VP):
+        scheduler = _table_scheduler(denoiser, sampler, first, refusal)
+        return Plan(ConsistencyModelPipeline, scheduler, steps, first, first.output, round(first.label))
+    scheduler = _flow_scheduler(denoiser, sampler, refusal)
     if classes is not None:
         raise UserError(f"{refusal}: no stock pipeline runs a class-conditional flow")
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=round(scale),
+    return Plan(DDPMPipeline, scheduler, steps, first, first.output, round(first.label))
+
+
+def _table_scheduler(
+    denoiser: Denoiser, sampler: StudentSampler, first: OneStepMap, refusal: str
+) -> LCMScheduler | DDIMScheduler:
+    """LCM's scheduler or DDIM's on the teacher's table up to the first level."""
+    times, steps, label = torch.tensor(sampler.times, dtype=torch.float64), len(sampler.times), round(first.label)
+    kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(denoiser.target)
+    if kind is None:
+        raise UserError(f"{refusal}: its network predicts {denoiser.target!r} under a DDPM table")
+    if not math.isclose(first.input, 1.0, rel_tol=1e-12):
+        raise UserError(f"{refusal}: its first call is fed sigma times the noise; set method.input=unit")
+    labels = denoiser.process.label(times).tolist()
+    if any(abs(told - ((label + 1) * (steps - k) / steps - 1)) > 1e-6 for k, told in enumerate(labels)):
+        raise UserError(f"{refusal}: timesteps {[round(x, 2) for x in labels]} are not evenly spaced down to -1")
+    settings = {
+        "num_train_timesteps": label + 1,
+        "trained_betas": _betas(denoiser, label, denoiser.process.alpha(times[:1]).item()),
+        "prediction_type": kind,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+    }
+    if sampler.renoising == "ddim":
+        return DDIMScheduler(**settings, timestep_spacing="trailing")
+    if round(labels[-1]) == 0:
+        raise UserError(f"{refusal}: LCM's scheduler passes timestep 0 through; set fewer method.steps")
+    return LCMScheduler(**settings, original_inference_steps=steps, timestep_scaling=1e10)
+
+
+def _flow_scheduler(denoiser: Denoiser, sampler: StudentSampler, refusal: str) -> FlowMatchEulerDiscreteScheduler:
+    """The Euler scheduler of rectified flow from pure noise in even steps of sigma."""
+    process, times, steps = denoiser.process, torch.tensor(sampler.times, dtype=torch.float64), len(sampler.times)
+    levels, told = process.sigma(times).tolist(), process.label(times[:1]).item()
+    even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
+    # The scheduler counts its timesteps, so the network must be told a whole multiple of sigma.
+    counted = isinstance(process, Flow) and not process.reversed_label and told > 1.5 and abs(told - round(told)) < 1e-6
+    if not counted or not even or denoiser.target != "flow":
+        raise UserError(
+            f"{refusal}: it takes a DDPM table, or a rectified flow at sigma 1, {1 - 1 / steps:.4g}, ... "
+            "(method.init_ratio=.inf) that is told a whole multiple of sigma, at least 2"
+        )
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=round(told),
         shift=1.0,
         shift_terminal=1 / steps,
         stochastic_sampling=sampler.renoising == "fresh",
     )
-    return Plan(DDPMPipeline, scheduler, steps, first, first.output, round(labels[0]))
 
 
 def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:

@@ -86,7 +86,7 @@ def load_teacher(source: str) -> Teacher:
         raise UserError(f"{source}: cannot read the weights in unet/: {str(error).splitlines()[0]}") from None
     return Teacher(
         source=source,
-        denoiser=Denoiser(network, **reading, call=unet2d.call),
+        denoiser=Denoiser(network, **reading, call=unet2d.call, bottleneck=unet2d.bottleneck),
         network=network,
         sample_shape=unet2d.sample_shape(network),
         classes=network.config["num_class_embeds"],

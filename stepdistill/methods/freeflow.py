@@ -1,0 +1,198 @@
+"""FreeFlow: flow map distillation without data (Tong et al. 2025, arXiv:2511.19428).
+
+In rectified-flow coordinates, ``x_t = (1 - t) x_0 + t eps``, the teacher generates with the velocity
+``u = E[x_0 - eps | x_t] = -dx/dt``.  The student ``F(z, delta)`` is its mean over the first ``delta`` of a
+trajectory: ``f(z, delta) = z + delta F`` is the state at ``1 - delta``, ``f(z, 1)`` a sample.  From noise ``z`` alone,
+
+- *prediction*: the student moves with the teacher's velocity at its own state,
+  ``D_G = F + delta dF/ddelta - u(f, 1 - delta) = 0``;
+- *correction*: its samples, noised to ``r``, have the teacher's marginal velocity, ``D_N = v(x_r, r) - u(x_r, r) = 0``,
+  where ``v`` is that of the student's law, learned by ``fake``.
+
+Any teacher will do: its states only change coordinates.  Where noise enters below pure noise, at
+``t_0 = sigma / (alpha + sigma)`` < 1, ``z_0 = input / (alpha + sigma)`` takes the place of ``z``:
+
+    f(z_0, delta) = z_0 + delta F,  D_G = F + delta dF/ddelta - u(f, t_0 - delta),  0 <= delta <= t_0.
+
+The sample ``z_0 + t_0 F`` is the ``x0`` that the network states about ``z_0 = (1 - t_0) x0 + t_0 eps``, for
+``F = x0 - eps``; at ``delta = 0`` it is the teacher's own prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..conditions import Cond, concatenate, rows
+from ..denoiser import Denoiser, Prediction
+from ..process import Flow, InputScale, NoiseProcess, broadcast
+from ..samplers import StudentSampler
+from ._shared import LogNormalTimes, TimeLaw, UniformTimes, denoising_loss, pixel_mean, pixel_sum, time_at_ratio
+from .base import Batch, Loss, Method, Nets, Turn
+
+FLOW = Flow()
+"""The coordinates of the paper."""
+
+
+@lru_cache
+def flow_time(process: NoiseProcess, t: float) -> float:
+    """``sigma / (alpha + sigma)``, the rectified-flow time of the teacher's time ``t``."""
+    alpha, sigma = (f(torch.tensor([t], dtype=torch.float64)).item() for f in (process.alpha, process.sigma))
+    return sigma / (alpha + sigma)
+
+
+def velocity(prediction: Prediction) -> Tensor:
+    """``u = x0 - eps``, from noise to data: minus the velocity of the rectified flow."""
+    return prediction.x0 - prediction.eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """``E||x||`` of ``(B, ...)``, a scalar."""
+    return pixel_sum(x.square()).sqrt().mean()
+
+
+def descent(x: Tensor, direction: Tensor) -> Tensor:
+    """``|x - sg[x - direction]|^2 / 2`` per pixel: of gradient ``direction`` over the number of pixels; scalar."""
+    return 0.5 * pixel_mean((x - (x - direction).detach()).square()).mean()
+
+
+@torch.no_grad()
+def correction(nets: Nets, x0: Tensor, r: Tensor, cond: Cond) -> Tensor:
+    """``D_N = v - u`` at samples ``x0 (B, ...)`` noised to ``r (B,)``, which equals ``(E[x0] - E_teacher[x0]) / r``."""
+    x_r = FLOW.add_noise(x0, torch.randn_like(x0), r)
+    fake, real = (velocity(nets[role].under(FLOW)(x_r, r, cond)) for role in ("fake", "teacher"))
+    return fake - real
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeFlow(Method):
+    """Prediction and correction of the teacher's flow map, into one step."""
+
+    paper: ClassVar = "Tong et al. 2025, arXiv:2511.19428"
+    roles: ClassVar = ("fake",)
+    two_times: ClassVar = True
+
+    name: Literal["freeflow"] = "freeflow"
+    prediction_share: float = 0.75
+    """Share of the batch that learns the prediction; the others learn the correction."""
+    correction_ratio: float = 1.0
+    """Mean norm of the correction's gradient over that of the prediction (``a`` of the paper, 0.3 to 3)."""
+    decay: float = 1.0
+    """``k`` of the weight ``1 / (||D_G||^2 / d + eps)^k``, which keeps large residuals from ruling; 0 is none."""
+    eps: float = 0.01
+    """Floor of that weight, and of the norm that the correction is divided by."""
+    derivative: Literal["finite", "exact"] = "finite"
+    """``dF/ddelta``: a central difference (two passes), or forward mode (exact, without fused attention)."""
+    difference: float = 0.01
+    """Half the width of the central difference in ``delta``; take 0.02 or more in half precision."""
+    times: TimeLaw = LogNormalTimes(mean=0.8, std=1.0)
+    """Rectified-flow times ``r / t_0`` of the correction and of the fake network; high noise decides about modes."""
+    fake_updates: int = 1
+    """Updates of the fake network per student update."""
+    init_ratio: float = math.inf
+    """``sigma / alpha`` at which noise enters; ``inf`` is pure noise, which eps-teachers cannot start at."""
+    input: InputScale = "unit"
+    """What the student is fed: the noise itself, or ``sigma`` times it (VE)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prediction_share < 1:
+            raise ValueError(f"prediction_share must lie in (0, 1), got {self.prediction_share}")
+        if not (self.correction_ratio >= 0 and self.decay >= 0):
+            raise ValueError(f"correction_ratio = {self.correction_ratio}, decay = {self.decay} must not be negative")
+        if not (self.eps > 0 and self.difference > 0):
+            raise ValueError(f"eps = {self.eps} and difference = {self.difference} must be positive")
+        if not (self.init_ratio > 0 and self.fake_updates > 0):
+            raise ValueError(f"init_ratio = {self.init_ratio}, fake_updates = {self.fake_updates} must be positive")
+
+    def check(self, teacher: Denoiser) -> None:
+        super().check(teacher)
+        process, last = teacher.process, torch.ones(1)
+        ratio = min(self.init_ratio, (process.sigma(last) / process.alpha(last)).item())
+        if teacher.target == "eps" and ratio > 20:
+            raise ValueError(
+                "FreeFlow reads x0 = (x - sigma eps) / alpha where noise enters, and sigma / alpha = "
+                f"{ratio:.3g} there multiplies every error of this eps-teacher; set method.init_ratio=20 or less"
+            )
+        sigma = process.sigma(torch.tensor([time_at_ratio(process, self.init_ratio)])).item()
+        if sigma > 1.01 and self.input == "unit":
+            raise ValueError(f"sigma = {sigma:.3g} where noise enters is not 1; set method.input=sigma")
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        for _ in range(self.fake_updates):
+            yield Turn("fake", self.fake_loss)
+        yield Turn("student", self.student_loss)
+
+    def sampler(self, process: NoiseProcess) -> StudentSampler:
+        return StudentSampler(times=(time_at_ratio(process, self.init_ratio),), input=self.input, target_time=0.0)
+
+    def fake_loss(self, nets: Nets, batch: Batch) -> Loss:
+        """Denoising score matching on the student's samples, in rectified-flow coordinates."""
+        process = nets["teacher"].process
+        with torch.no_grad():
+            x0 = self.sampler(process)(nets["student"], batch.noise, batch.cond)
+        r = self.ends(process)[0] * self.times.draw(FLOW, x0)
+        loss = denoising_loss(nets["fake"].under(FLOW), x0, r, batch.cond)
+        return Loss(loss, {"loss": loss.detach()})
+
+    def student_loss(self, nets: Nets, batch: Batch) -> Loss:
+        """``sg[D_G / (||D_G||^2 / d + eps)^k]`` moves ``F(z, delta)``, ``sg[lambda D_N]`` moves ``F(z, t_0)``."""
+        noise, cond, process = batch.noise, batch.cond, nets["teacher"].process
+        if len(noise) < 2:
+            raise ValueError(f"FreeFlow splits every batch, got {len(noise)} sample; set training.batch_size=2 or more")
+        count = min(max(round(self.prediction_share * len(noise)), 1), len(noise) - 1)
+        start, end = self.ends(process)
+        s = start - (start - end) * UniformTimes(low=0.0, high=1.0).draw(FLOW, noise[:count])
+        told = self.told(nets["student"], noise, torch.cat([s, s.new_full((len(noise) - count,), end)]), cond)
+        mean_velocity = velocity(told)
+        first, second = slice(count), slice(count, None)
+        residual = self.residual(nets, noise[first], told.x0[first], told.eps[first], s, rows(cond, first))
+        size = pixel_mean(residual.square())
+        prediction = residual * broadcast((size + self.eps) ** -self.decay, residual)
+        x0 = told.x0[second].detach()
+        gap = correction(nets, x0, start * self.times.draw(FLOW, x0), rows(cond, second))
+        scale = self.correction_ratio * norm(prediction) / (norm(gap) + self.eps)
+
+        loss = descent(mean_velocity[first], prediction) + descent(mean_velocity[second], scale * gap)
+        log = {"loss": loss, "residual": size.mean(), "correction": norm(gap), "balance": scale, "std": x0.std()}
+        return Loss(loss, {key: value.detach() for key, value in log.items()})
+
+    def ends(self, process: NoiseProcess) -> tuple[float, float]:
+        """Rectified-flow times between which the map runs: ``t_0``, and where the teacher's own time ends."""
+        return flow_time(process, time_at_ratio(process, self.init_ratio)), flow_time(process, 0.0)
+
+    def told(self, student: Denoiser, noise: Tensor, s: Tensor, cond: Cond) -> Prediction:
+        """What the student says of ``noise`` when told to go to ``s = t_0 - delta (B,)``; ``F`` is its ``x0 - eps``."""
+        process = student.process
+        start = noise.new_full((len(noise),), time_at_ratio(process, self.init_ratio), dtype=torch.float64)
+        label = process.label(process.time_at_log_snr(FLOW.log_snr(s)))
+        return student(process.student_input(noise, start, self.input), start, {**cond, "target_label": label})
+
+    @torch.no_grad()
+    def residual(self, nets: Nets, noise: Tensor, x0: Tensor, eps: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """``D_G = F + delta dF/ddelta - u(f, s)`` where the student, told ``s``, says ``(x0, eps)``."""
+        f = FLOW.add_noise(x0, eps, s)  # (1 - s) x0 + s eps = z_0 + (t_0 - s) (x0 - eps)
+        delta = broadcast(self.ends(nets["teacher"].process)[0] - s, f)
+        moves = x0 - eps - delta * self.slope(nets["still"], noise, s, cond)
+        return moves - velocity(nets["teacher"].under(FLOW)(f, s, cond))
+
+    def slope(self, still: Denoiser, noise: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """``dF/ds = -dF/ddelta`` of the student at fixed noise, ``(B, ...)``."""
+        if self.derivative == "exact":
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+                    return jvp(lambda at: velocity(self.told(still, noise, at, cond)), (s,), (torch.ones_like(s),))[1]
+            except RuntimeError as error:
+                raise ValueError(f"no forward mode in the student ({error}); set method.derivative=finite") from error
+        start, end = self.ends(still.process)
+        below, above = (s - self.difference).clamp_min(end), (s + self.difference).clamp_max(start)
+        both = torch.cat([noise, noise]), torch.cat([below, above]), concatenate(cond, cond)
+        low, high = velocity(self.told(still, *both)).chunk(2)
+        return (high - low) / broadcast(above - below, high)

@@ -1,0 +1,196 @@
+"""TSCD: trajectory-segmented consistency distillation (Hyper-SD, Ren et al. 2024, arXiv:2404.13686), without images.
+
+The teacher's K DDIM steps from noise to data are cut into M segments of equal length.  From any state ``x_k`` of a
+segment the student jumps to the segment's end, ``J(x_k, k -> n) = alpha_n x0 + sigma_n eps``, and the jumps from
+``x_k`` and from the teacher's next state ``x_{k+1}`` shall arrive at the same place.  M falls from stage to stage.
+At last M deterministic jumps generate, one per segment (PCM, Wang et al. 2024, arXiv:2405.18407).
+
+The papers take ``x_k`` from noised images.  Here the states are the teacher's own: a batch of its trajectories is
+always on the way, one step further in every training step, so that a pair of neighbours costs one teacher call.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import accumulate, pairwise
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..conditions import Cond
+from ..denoiser import Denoiser, Prediction
+from ..process import VP, InputScale, NoiseProcess, broadcast
+from ..samplers import StudentSampler
+from ._shared import few_step_times, pixel_mean
+from .base import Batch, Loss, Method, Nets, Snapshots, Turn
+
+_X, _K, _COND = "tscd_x", "tscd_k", "tscd_cond_"
+"""The trajectories on the way, in ``Batch.memory``: states ``(B, ...)``, indices ``(B,)`` and conditions."""
+
+
+class Grid(NamedTuple):
+    """The teacher's solver grid on the device: index 0 is the noise, index K the clean sample; ``(K + 1,)`` each."""
+
+    times: Tensor
+    """No network is asked at index K, which repeats the time before."""
+    alpha: Tensor
+    sigma: Tensor
+
+    def arrive(self, prediction: Prediction, k: Tensor) -> Tensor:
+        """``alpha_k x0 + sigma_k eps`` at the indices ``k (B,)``: a DDIM step or a student's jump, ``(B, ...)``."""
+        alpha, sigma = (broadcast(level[k], prediction.x0) for level in (self.alpha, self.sigma))
+        return alpha * prediction.x0 + sigma * prediction.eps
+
+
+@lru_cache
+def solver_grid(process: NoiseProcess, ratio: float, steps: int, device: torch.device) -> Grid:
+    """The grid of ``few_step_times``, down to the clean sample; remembered, so that no step waits for the device."""
+    times = torch.tensor(few_step_times(process, ratio, steps), dtype=torch.float64)
+    alpha = torch.cat([process.alpha(times), times.new_ones(1)])
+    sigma = torch.cat([process.sigma(times), times.new_zeros(1)])
+    return Grid(torch.cat([times, times[-1:]]).to(device), alpha.to(device), sigma.to(device))
+
+
+class Pairs(NamedTuple):
+    """Neighbouring states of teacher trajectories."""
+
+    x: Tensor
+    """``x_k``, ``(B, ...)``."""
+    k: Tensor
+    """``(B,)``, from 0 to K - 1."""
+    ahead: Tensor
+    """``x_{k+1}``, ``(B, ...)``."""
+    cond: Cond
+    """What each trajectory was started with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TSCD(Method):
+    """Trajectory-segmented consistency distillation into a few deterministic steps, or one."""
+
+    paper: ClassVar = "Ren et al. 2024, arXiv:2404.13686"
+
+    name: Literal["tscd"] = "tscd"
+    segments: tuple[int, ...] = (8, 4, 2, 1)
+    """Segments of each stage; the last number is the student's steps."""
+    stage_steps: tuple[int, ...] = (1000, 1000, 1000)
+    """Training steps of each stage but the last, which takes the rest of the run."""
+    teacher_steps: int = 40
+    """DDIM steps K of a teacher trajectory; on a table of N entries every ``round(N / K)``-th is visited."""
+    init_ratio: float = float("inf")
+    """``sigma / alpha`` at which trajectories start, about 10 for eps-teachers; ``inf`` is pure noise."""
+    input: InputScale = "unit"
+    """What trajectories start with: the noise itself, or ``sigma`` times it (VE)."""
+    distance: Literal["huber", "l2"] = "huber"
+    """How far two jumps are apart, per element: ``sqrt(r^2 + c^2) - c`` or ``r^2``."""
+    huber_c: float = 0.001
+    """Residual below which the pseudo-Huber distance is quadratic."""
+
+    def __post_init__(self) -> None:
+        if not self.segments or self.segments[-1] < 1 or any(m <= n for m, n in pairwise(self.segments)):
+            raise ValueError(f"segments must be decreasing positive numbers, got {self.segments}")
+        if self.teacher_steps < 1 or any(self.teacher_steps % count for count in self.segments):
+            raise ValueError(
+                f"teacher_steps must be a positive multiple of all segments {self.segments}, got {self.teacher_steps}"
+            )
+        if len(self.stage_steps) != len(self.segments) - 1 or any(steps < 1 for steps in self.stage_steps):
+            raise ValueError(
+                f"stage_steps must be {len(self.segments) - 1} positive numbers, one for each of the segments "
+                f"{self.segments} but the last, got {self.stage_steps}"
+            )
+        if not self.init_ratio > 0:
+            raise ValueError(f"init_ratio must be positive, got {self.init_ratio}")
+        if not self.huber_c > 0:
+            raise ValueError(f"huber_c must be positive, got {self.huber_c}")
+
+    def check(self, teacher: Denoiser) -> None:
+        super().check(teacher)
+        process = teacher.process
+        if isinstance(process, VP) and len(process.alphas_cumprod) < self.teacher_steps:
+            entries = len(process.alphas_cumprod)
+            raise ValueError(
+                f"teacher_steps must be at most the {entries} entries of the teacher's table, got {self.teacher_steps}"
+            )
+        end = torch.ones(1, dtype=torch.float64)
+        ratio = min(self.init_ratio, (process.sigma(end) / process.alpha(end)).item())
+        if teacher.target == "eps" and ratio > 20:
+            raise ValueError(
+                f"TSCD reads x0 = (x - sigma eps) / alpha where trajectories start, and sigma / alpha = {ratio:.3g} "
+                "there multiplies every error of this eps-teacher; set method.init_ratio=20 or less"
+            )
+        sigma = solver_grid(process, self.init_ratio, self.teacher_steps, end.device).sigma[0].item()
+        if sigma > 1.01 and self.input == "unit":
+            raise ValueError(f"sigma = {sigma:.3g} where trajectories start is not 1; set method.input=sigma")
+
+    def stage(self, step: int) -> int:
+        """Index into ``segments`` of the stage that ``step`` belongs to."""
+        return bisect_right(list(accumulate(self.stage_steps)), step)
+
+    def prepare(self, step: int, nets: Nets, snapshots: Snapshots) -> None:
+        """Keep the student of every stage that ends here; the last one is what the run exports."""
+        if step and self.stage(step) != self.stage(step - 1):
+            snapshots.keep(f"segments_{self.segments[self.stage(step) - 1]}", nets["student"])
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        yield Turn("student", partial(self.student_loss, segments=self.segments[self.stage(step)]))
+
+    def sampler(self, process: NoiseProcess) -> StudentSampler:
+        times = few_step_times(process, self.init_ratio, self.teacher_steps)
+        return StudentSampler(times[:: self.teacher_steps // self.segments[-1]], self.input, None, "ddim")
+
+    def student_loss(self, nets: Nets, batch: Batch, segments: int) -> Loss:
+        """``d(J(x_k, k -> n), sg J(x_{k+1}, k+1 -> n))``, with ``x_{k+1}`` itself as target where ``k + 1 = n``."""
+        grid, length = self._grid(nets["teacher"].process, batch.noise), self.teacher_steps // segments
+        x, k, ahead, cond = self.pairs(nets["teacher"], batch)
+        end = (k // length + 1) * length
+        with torch.no_grad():
+            jumped = grid.arrive(nets["still"](ahead, grid.times[k + 1], cond), end)
+            target = torch.where(_column(k + 1 == end, ahead), ahead, jumped)
+        prediction = nets["student"](x, grid.times[k], cond)
+        squared = (grid.arrive(prediction, end) - target).square()
+        c = self.huber_c
+        loss = pixel_mean(squared if self.distance == "l2" else (squared + c * c).sqrt() - c).mean()
+        log = {"loss": loss, "residual": squared.mean(), "std": prediction.x0.std()}
+        return Loss(loss, {key: value.detach() for key, value in log.items()})
+
+    @torch.no_grad()
+    def pairs(self, teacher: Denoiser, batch: Batch) -> Pairs:
+        """Take every trajectory one DDIM step further; those that reach the data begin again with the batch's noise."""
+        grid, memory = self._grid(teacher.process, batch.noise), batch.memory
+        start = teacher.process.student_input(batch.noise, grid.times[0].expand(len(batch.noise)), self.input)
+        if _X not in memory:
+            self._begin(teacher, batch, start)
+        x, k, cond = memory[_X], memory[_K], {key: memory[_COND + key] for key in batch.cond}
+        ahead = grid.arrive(teacher(x, grid.times[k], cond), k + 1)
+        done = k + 1 == self.teacher_steps
+        memory[_X] = torch.where(_column(done, x), start, ahead)
+        memory[_K] = torch.where(done, 0, k + 1)
+        for key, fresh in batch.cond.items():
+            memory[_COND + key] = torch.where(_column(done, fresh), fresh, cond[key])
+        return Pairs(x, k, ahead, cond)
+
+    def _begin(self, teacher: Denoiser, batch: Batch, start: Tensor) -> None:
+        """Fill the memory with trajectories that are evenly spread over the grid: row ``j`` is at ``j K // B``."""
+        grid, size = self._grid(teacher.process, start), len(start)
+        k = torch.arange(size, device=start.device) * self.teacher_steps // size
+        x = start.clone()
+        for done in range(self.teacher_steps - 1):
+            rest = slice(-(-size * (done + 1) // self.teacher_steps), size)
+            if rest.start == size:
+                break
+            now = torch.full_like(k[rest], done)
+            told = {key: value[rest] for key, value in batch.cond.items()}
+            x[rest] = grid.arrive(teacher(x[rest], grid.times[now], told), now + 1)
+        batch.memory.update({_X: x, _K: k, **{_COND + key: value.clone() for key, value in batch.cond.items()}})
+
+    def _grid(self, process: NoiseProcess, like: Tensor) -> Grid:
+        return solver_grid(process, self.init_ratio, self.teacher_steps, like.device)
+
+
+def _column(mask: Tensor, like: Tensor) -> Tensor:
+    """A ``(B,)`` mask as ``(B, 1, ..., 1)``, to choose between rows of ``like``."""
+    return mask.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,353 @@
+"""Students of several calls: their levels, the law of every call, and their export to plain diffusers."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from oracles import PROCESSES, TARGETS, call, cubature, gaussian
+from test_export import LINEAR, SCALED, SHAPE, student
+from test_learning import FLOW, distilled_onto, learn, ring, sliced_w1
+from test_sid import COV, GAIN, MEAN, SHIFT, gradients
+from torch import nn
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
+from stepdistill.export import DESCRIPTION, export, export_error, plan
+from stepdistill.methods import DMD, Batch, SiD
+from stepdistill.methods._shared import few_step_times, time_at_ratio
+from stepdistill.process import VE, VP, Flow, Trig
+from stepdistill.samplers import SampleNoise, StudentSampler, ode_steps
+
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+every_target = pytest.mark.parametrize("target", TARGETS)
+FINE = {"linear": LINEAR, "scaled": SCALED, "flow": Flow(), "shifted": Flow(shift=3.0), "ve": VE(), "trig": Trig()}
+INF = float("inf")
+
+
+def tensor(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Levels
+
+
+@pytest.mark.parametrize("process", FINE.values(), ids=FINE)
+@pytest.mark.parametrize("ratio", [0.5, 2.5, INF])
+def test_one_step_is_the_level_of_the_ratio(process, ratio):
+    (t,) = few_step_times(process, ratio, 1)
+    found = (process.sigma(tensor([t])) / process.alpha(tensor([t]))).item()
+    if ratio == INF:
+        assert t == 1
+    else:
+        assert found == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize("table", [LINEAR, SCALED, PROCESSES["vp"]])
+@pytest.mark.parametrize("steps", [2, 3, 4, 8])
+@pytest.mark.parametrize("ratio", [0.3, 1.0, 2.5, INF])
+def test_levels_of_a_table_are_entries_evenly_spaced_down_to_minus_one(table, steps, ratio):
+    times, entries = tensor(few_step_times(table, ratio, steps)), len(table.alphas_cumprod)
+    labels = table.label(times)
+    torch.testing.assert_close(labels, labels.round(), rtol=0, atol=1e-9)
+    stride = (labels[0] + 1) / steps
+    torch.testing.assert_close(labels, stride * torch.arange(steps, 0, -1) - 1, rtol=0, atol=1e-9)
+    assert labels[0] <= entries - 1
+    wanted = table.label(tensor([time_at_ratio(table, ratio)])).item()
+    assert stride == 1 or stride == entries // steps or abs(labels[0] - wanted) <= steps / 2
+
+
+def test_levels_on_stable_diffusions_table_are_those_of_lcm_and_of_the_paper():
+    """The paper's 625, 468, 312, 156 is one entry higher; LCM's scheduler counts ``stride k - 1``."""
+    labels = SCALED.label(tensor(few_step_times(SCALED, 2.5, 4)))
+    torch.testing.assert_close(labels, tensor([623.0, 467.0, 311.0, 155.0]))
+    torch.testing.assert_close(SCALED.label(tensor(few_step_times(SCALED, INF, 4))), tensor([999.0, 749, 499, 249]))
+
+
+@pytest.mark.parametrize("process", [Flow(), Flow(shift=3.0), Flow(shift=0.4)])
+@pytest.mark.parametrize(("ratio", "first"), [(INF, 1.0), (2.5, 2.5 / 3.5)])
+def test_levels_of_a_flow_are_even_in_sigma_whatever_the_shift(process, ratio, first):
+    sigma = process.sigma(tensor(few_step_times(process, ratio, 4)))
+    torch.testing.assert_close(sigma, first * tensor([1.0, 0.75, 0.5, 0.25]))
+
+
+@pytest.mark.parametrize("process", [VE(), Trig()])
+def test_levels_of_other_processes_are_even_in_time(process):
+    first = time_at_ratio(process, 2.5)
+    assert few_step_times(process, 2.5, 4) == pytest.approx([first, 0.75 * first, 0.5 * first, 0.25 * first])
+
+
+def test_more_steps_than_entries_are_refused():
+    few_step_times(PROCESSES["vp"], 2.5, 9)
+    with pytest.raises(ValueError, match="steps must be at most the 9 entries of the teacher's table, got 10"):
+        few_step_times(PROCESSES["vp"], 2.5, 10)
+
+
+def test_times_that_do_not_decrease_are_refused():
+    with pytest.raises(ValueError, match=r"must decrease, got \(0.5, 0.5\)"):
+        StudentSampler(times=(0.5, 0.5))
+
+
+# The law of every call
+
+
+class Oracle(nn.Module):
+    """The affine x0-network of a few-step student all of whose calls give ``N(mean, cov)``; ``shift`` moves them."""
+
+    def __init__(self, process, sampler: StudentSampler, mean: torch.Tensor, cov: torch.Tensor) -> None:
+        super().__init__()
+        self.process, self.first, self.unit = process, sampler.times[0], sampler.input == "unit"
+        self.mean, self.cov, self.shift = mean, cov, nn.Parameter(torch.zeros_like(mean))
+
+    def forward(self, x, label):
+        t = self.process.time_of_label(label)
+        a, s = (c[0].item() for c in self.process.coefficients(t, x))
+        spread, axes = torch.linalg.eigh(self.cov)
+        if abs(t[0].item() - self.first) < 1e-9:
+            inside, gain = x / (1.0 if self.unit else s), spread.sqrt()
+        else:
+            inside, gain = x - a * self.mean, (spread / (a**2 * spread + s**2)).sqrt()
+        return self.mean + self.shift + inside @ axes @ gain.diag() @ axes.T
+
+
+def exact_noise(steps: int) -> list[torch.Tensor]:
+    """Noise of every call whose joint moments over the batch are those of independent normals."""
+    return list(cubature(3 * steps).split(3, dim=1))
+
+
+@every_process
+@pytest.mark.parametrize("scale", ["sigma", "unit"])
+def test_with_fresh_noise_every_call_of_the_oracle_has_the_teachers_law(process, scale):
+    method = DMD(steps=4, input=scale)
+    sampler = method.sampler(process)
+    denoiser = Denoiser(Oracle(process, sampler, MEAN, COV), process, "x0", call)
+    first, *later = exact_noise(4)
+    made = [p.x0 for p in sampler.trace(denoiser, first, renoise=iter(later).__next__)]
+    assert len(made) == 4
+    for x_g in made:
+        torch.testing.assert_close(x_g.mean(0), MEAN)
+        torch.testing.assert_close((x_g - MEAN).T @ (x_g - MEAN) / len(x_g), COV)
+
+
+@every_process
+def test_with_fixed_noise_later_calls_are_not_fed_noised_samples(process):
+    """The noise is then correlated with the sample it is added to."""
+    sampler = DMD(steps=2, renoising="fixed").sampler(process)
+    denoiser = Denoiser(Oracle(process, sampler, MEAN, COV), process, "x0", call)
+    first, second = sampler.trace(denoiser, cubature(3))
+    a, s = (c[0].item() for c in process.coefficients(second.t, second.x_t))
+    torch.testing.assert_close(second.x_t, a * first.x0 + s * cubature(3))
+    spread = (second.x0 - MEAN).T @ (second.x0 - MEAN) / 6
+    assert torch.linalg.eigvalsh(spread - COV).min() > 0.01
+
+
+@every_process
+@every_target
+@pytest.mark.parametrize("kind", [DMD, SiD])
+def test_at_the_teachers_law_no_call_has_a_gradient(monkeypatch, kind, process, target):
+    torch.manual_seed(0)
+    method = kind(steps=3)
+    network = Oracle(process, method.sampler(process), MEAN, COV)
+    law = gaussian(MEAN, COV).denoiser(process, target)
+    other = gaussian(SHIFT, GAIN @ GAIN.T).denoiser(process, target)
+    noise = torch.randn(12, 3, dtype=torch.float64)
+    for k in range(3):
+        for teacher, zero in ((law, True), (other, False)):
+            nets = {"teacher": teacher, "fake": law, "student": Denoiser(network, process, "x0", call)}
+            method.student_loss(nets, Batch(noise), call=k).value.backward()
+            (grad,) = gradients(nets["student"])
+            assert (grad.abs().max() < 1e-8) == zero
+
+
+@every_process
+@every_target
+def test_the_deterministic_mode_is_ddim(process, target):
+    """With the true denoiser, every call is fed the state of DDIM at its level."""
+    torch.manual_seed(0)
+    denoiser, noise = gaussian(MEAN, COV).denoiser(process, target), torch.randn(5, 3, dtype=torch.float64)
+    sampler = DMD(steps=4, renoising="ddim").sampler(process)
+    start = process.student_input(noise, tensor(sampler.times[:1]).expand(5), "sigma")
+    found = list(sampler.trace(denoiser, noise))
+    expected = list(ode_steps(denoiser, start, sampler.times))
+    for mine, step in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.x_t, step.prediction.x_t)
+    torch.testing.assert_close(found[-1].x0, expected[-1].x)
+
+
+def test_the_deterministic_mode_is_the_euler_scheduler_of_diffusers():
+    torch.manual_seed(0)
+    process, noise = Flow(), torch.randn(5, 3)
+    denoiser = gaussian(MEAN.float(), COV.float()).denoiser(process, "flow")
+    sampler = DMD(steps=4, init_ratio=INF, renoising="ddim").sampler(process)
+    scheduler, x = FlowMatchEulerDiscreteScheduler(), noise
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    for t in scheduler.timesteps:
+        x = scheduler.step(denoiser.network(x, t.expand(5).double()), t, x, return_dict=False)[0]
+    torch.testing.assert_close(sampler(denoiser, noise), x, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("target", "name"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+def test_the_deterministic_mode_is_the_ddim_scheduler_of_diffusers(target, name):
+    torch.manual_seed(0)
+    denoiser = gaussian(MEAN.float(), COV.float()).denoiser(LINEAR, target)
+    noise, sampler = torch.randn(5, 3), DMD(steps=4, init_ratio=2.5, input="unit", renoising="ddim").sampler(LINEAR)
+    labels = [round(label) for label in LINEAR.label(tensor(sampler.times)).tolist()]
+    betas = DDPMScheduler().betas[: labels[0] + 1]
+    scheduler = DDIMScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=betas.tolist(),
+        prediction_type=name,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == labels
+    x = noise
+    for label in labels:
+        told = torch.full((5,), label, dtype=torch.float64)
+        x = scheduler.step(denoiser.network(x, told), label, x, return_dict=False)[0]
+    torch.testing.assert_close(sampler(denoiser, noise), x, atol=1e-4, rtol=0)
+
+
+@every_process
+@pytest.mark.parametrize("renoising", ["fresh", "fixed", "ddim"])
+def test_the_sampler_gives_the_last_call_of_its_trace(process, renoising):
+    denoiser, noise = gaussian(MEAN, COV).denoiser(process), torch.randn(5, 3, dtype=torch.float64)
+    sampler = DMD(steps=3, renoising=renoising).sampler(process)
+    torch.manual_seed(1)
+    *_, last = sampler.trace(denoiser, noise)
+    torch.manual_seed(1)
+    assert torch.equal(sampler(denoiser, noise), last.x0)
+    assert (last.t == sampler.times[-1]).all()
+
+
+# Export
+
+HOSTED = [
+    (LINEAR, "eps", "unit", 2.5),
+    (SCALED, "v", "unit", INF),
+    (SCALED, "x0", "unit", 2.5),
+    (Flow(), "flow", "unit", INF),
+    (Flow(), "flow", "sigma", INF),
+    (Flow(shift=3.0), "flow", "unit", INF),
+    (Flow(label_scale=100.0), "flow", "unit", INF),
+]
+
+
+@pytest.mark.parametrize(("process", "target", "scale", "ratio"), HOSTED)
+@pytest.mark.parametrize(("renoising", "steps"), [("fresh", 4), ("ddim", 3)])
+def test_exported_few_step_student_is_its_sampler(process, target, scale, ratio, renoising, steps, tmp_path):
+    denoiser = student(process, target)
+    sampler = SiD(steps=steps, init_ratio=ratio, input=scale, renoising=renoising).sampler(process)
+    hosted = plan(denoiser, sampler, classes=None)
+    assert hosted.steps == steps
+    export(denoiser, sampler, hosted, tmp_path / "student", shape=SHAPE, cond={})
+    assert export_error(denoiser, sampler, tmp_path / "student", shape=SHAPE, cond={}) < 2e-5
+    assert json.loads((tmp_path / "student" / DESCRIPTION).read_text())["steps"] == steps
+    # a sampler with other levels, or another way back, is not what the folder does
+    opposite = "ddim" if renoising == "fresh" else "fresh"
+    for other in (replace(sampler, times=tuple(0.97 * t for t in sampler.times)), replace(sampler, renoising=opposite)):
+        assert export_error(denoiser, other, tmp_path / "student", shape=SHAPE, cond={}) > 1e-3
+
+
+@pytest.mark.parametrize("renoising", ["fresh", "ddim"])
+def test_exported_class_conditional_few_step_student_is_its_sampler(renoising, tmp_path):
+    denoiser = student(SCALED, "eps", num_class_embeds=4)
+    sampler = SiD(steps=2, input="unit", renoising=renoising).sampler(SCALED)
+    cond = {"class_labels": torch.tensor([0, 1, 2, 3])}
+    export(denoiser, sampler, plan(denoiser, sampler, classes=4), tmp_path / "student", shape=SHAPE, cond=cond)
+    assert export_error(denoiser, sampler, tmp_path / "student", shape=SHAPE, cond=cond) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("process", "target", "options", "classes", "reason"),
+    [
+        (SCALED, "eps", {"renoising": "fixed", "input": "unit"}, None, "set method.renoising=fresh or ddim"),
+        (SCALED, "eps", {"input": "sigma"}, None, "set method.input=unit"),
+        (PROCESSES["vp"], "edm", {"input": "unit"}, None, "its network predicts 'edm' under a DDPM table"),
+        (Flow(), "flow", {"init_ratio": 2.5}, None, "method.init_ratio=.inf"),
+        (Flow(), "eps", {"init_ratio": INF}, None, "a DDPM table, or a rectified flow"),
+        (Flow(reversed_label=True), "flow", {"init_ratio": INF}, None, "a DDPM table, or a rectified flow"),
+        (Flow(label_scale=1.0), "flow", {"init_ratio": INF}, None, "told a whole multiple of sigma"),
+        (Flow(label_scale=2.5), "flow", {"init_ratio": INF}, None, "told a whole multiple of sigma"),
+        (VP(tensor([0.99, 0.9, 0.7, 0.4])), "eps", {"init_ratio": 0.5, "input": "unit"}, None, "fewer method.steps"),
+        (VE(), "edm", {}, None, "a DDPM table, or a rectified flow"),
+        (Trig(), "v", {}, None, "a DDPM table, or a rectified flow"),
+        (Flow(), "flow", {"init_ratio": INF}, 4, "class-conditional flow"),
+    ],
+)
+def test_few_step_students_without_a_stock_scheduler_are_refused_with_the_way_out(
+    process, target, options, classes, reason
+):
+    denoiser, sampler = student(process, target), SiD(steps=3, **options).sampler(process)
+    with pytest.raises(UserError, match=reason.replace(".", r"\.")) as caught:
+        plan(denoiser, sampler, classes=classes)
+    assert "no stock scheduler runs this student in 3 steps: " in str(caught.value)
+
+
+def test_uneven_levels_are_refused_by_their_timesteps():
+    sampler = StudentSampler(times=tuple(k / 999 for k in (599, 299, 99)), input="unit")
+    with pytest.raises(UserError, match=r"timesteps \[599.0, 299.0, 99.0\] are not evenly spaced down to -1"):
+        plan(student(SCALED, "eps"), sampler, classes=None)
+
+
+def test_a_few_step_network_with_a_target_time_is_refused():
+    sampler = StudentSampler(times=(599 / 999, 299 / 999), input="unit", target_time=0.0)
+    with pytest.raises(UserError, match="its network is told one target time only"):
+        plan(student(SCALED, "eps"), sampler, classes=None)
+
+
+PLAIN = """
+import sys
+sys.modules["stepdistill"] = None  # importing it would raise
+import torch
+from diffusers import DiffusionPipeline
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    generators = [torch.Generator().manual_seed(k) for k in range(4)]
+    images = pipe(batch_size=4, num_inference_steps=3, generator=generators, output_type="np").images
+    torch.save(torch.from_numpy(images), folder + "/images.pt")
+"""
+
+
+def test_plain_diffusers_without_stepdistill_gives_the_samplers_images(tmp_path):
+    cases = {}
+    for process, target, ratio in ((LINEAR, "eps", 2.5), (Flow(), "flow", INF)):
+        for renoising in ("fresh", "ddim"):
+            denoiser = student(process, target)
+            sampler = SiD(steps=3, input="unit", init_ratio=ratio, renoising=renoising).sampler(process)
+            folder = tmp_path / f"{target}_{renoising}"
+            export(denoiser, sampler, plan(denoiser, sampler, classes=None), folder, shape=SHAPE, cond={})
+            cases[folder] = denoiser, sampler
+    subprocess.run([sys.executable, "-c", PLAIN, *map(str, cases)], check=True)
+    for folder, (denoiser, sampler) in cases.items():
+        images = torch.load(folder / "images.pt", weights_only=True).permute(0, 3, 1, 2)
+        noise = SampleNoise(range(4), SHAPE)
+        with torch.no_grad():
+            expected = sampler(denoiser, noise(), renoise=noise) / 2 + 0.5
+        torch.testing.assert_close(images, expected.clamp(0, 1), atol=2e-5, rtol=0)
+        assert images.std() > 0.05, "the comparison must not be between constants"
+
+
+# Learning
+
+
+@pytest.mark.slow
+def test_sid_turns_a_network_into_a_generator_each_of_whose_calls_has_every_mode():
+    """Each call, not only the last, must be 0.12 or less from the ring; two sets of samples are 0.03 apart."""
+    torch.manual_seed(0)
+    law = ring()
+    teacher, method = distilled_onto(law, FLOW, 700), SiD(steps=2, low_memory=False)
+    nets = {role: replace(teacher, network=copy.deepcopy(teacher.network)) for role in ("student", *method.roles)}
+    learn(method, {**nets, "teacher": teacher}, 600, 256, 2, 1e-3)
+    with torch.no_grad():
+        made = list(method.sampler(FLOW).trace(nets["student"], torch.randn(4096, 2)))
+    assert len(made) == 2
+    for prediction in made:
+        assert sliced_w1(prediction.x0, law.sample(4096)) <= 0.12
+        share = torch.cdist(prediction.x0, law.means).argmin(1).bincount(minlength=8) / 4096
+        assert share.min() > 0.05

@@ -1,0 +1,439 @@
+"""TBCM's equations on Gaussians, where the consistency function is known; its trajectories; and that it learns."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from oracles import PROCESSES, Mixture, call, cubature, flow_map, gaussian, monotone_map
+from test_learning import FLOW, MLP, distilled_onto, learn, ring, sliced_w1
+from torch import Tensor, nn
+
+from stepdistill.backbones import unet2d
+from stepdistill.denoiser import Denoiser
+from stepdistill.methods import TBCM, Batch
+from stepdistill.methods.tbcm import Points, exact_change, finite_change, rotated, slope, tangent
+from stepdistill.process import VE, VP, Flow, Trig
+from stepdistill.samplers import ode_steps
+
+SIGMA = 0.6
+VIEW = Trig(noise_std=SIGMA)
+COV = torch.tensor([[0.5, 0.2], [0.2, 0.3]], dtype=torch.float64)
+LAW = gaussian(torch.tensor([0.7, -0.4], dtype=torch.float64), COV)
+
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+every_target = pytest.mark.parametrize("target", TBCM.targets)
+
+
+class End(Mixture):
+    """The consistency function of a Gaussian in the place of its denoiser: where the ODE from ``x`` ends."""
+
+    def expectations(self, x, a, s):
+        (mean,), (spread,), (axes,) = self.means, self.spreads, self.axes
+        f = mean + ((x - a * mean) @ axes * (spread / (a.square() * spread + s.square())).sqrt()) @ axes.T
+        return f, (x - a * f) / s
+
+
+END = End(LAW.weights, LAW.means, COV[None])
+
+
+def states(teacher: Denoiser, count: int = 12) -> Points:
+    """States between ``theta`` 0.12 and 1.45, which every process of the tests reaches, with the teacher's slope."""
+    torch.manual_seed(0)
+    x, t = torch.randn(count, 2, dtype=torch.float64), torch.linspace(0.08, 0.92, count, dtype=torch.float64)
+    return Points(x, t, slope(teacher.under(VIEW)(x, t)), {})
+
+
+def angles(points: Points) -> tuple[Tensor, Tensor]:
+    theta = points.t[:, None] * math.pi / 2
+    return torch.cos(theta), torch.sin(theta)
+
+
+@every_process
+@every_target
+def test_slope_is_written_three_ways_and_f_is_the_x0_reading(process, target):
+    points = states(LAW.denoiser(process, target))
+    found = LAW.denoiser(process, target).under(VIEW)(points.x, points.t)
+    cos, sin = angles(points)
+    torch.testing.assert_close(points.slope, SIGMA * cos * found.eps - sin * found.x0)
+    torch.testing.assert_close(points.slope, (cos * points.x - found.x0) / sin)
+    torch.testing.assert_close(found.x0, cos * points.x - sin * points.slope)
+    exact = LAW.expectations(points.x, cos, SIGMA * sin)
+    torch.testing.assert_close((found.x0, found.eps), exact)
+
+
+def test_slope_of_a_rectified_flow_is_sana_sprints_formula():
+    """``F = [(1 - 2 t) x + (1 - 2 t + 2 t^2) v] / k`` at ``t = sin / (sin + cos)``, for noise of std 1."""
+    teacher, view = LAW.denoiser(Flow(), "flow"), Trig()
+    points = states(teacher)
+    cos, sin = angles(points)
+    t = sin / (sin + cos)
+    k = (t.square() + (1 - t).square()).sqrt()
+    x0, eps = LAW.expectations(points.x * k, 1 - t, t)
+    formula = ((1 - 2 * t) * points.x * k + (1 - 2 * t + 2 * t.square()) * (eps - x0)) / k
+    torch.testing.assert_close(slope(teacher.under(view)(points.x, points.t)), formula)
+
+
+def test_rotation_is_a_ddim_step():
+    points = states(LAW.denoiser(Flow()))
+    found, then = LAW.denoiser(Flow()).under(VIEW)(points.x, points.t), points.t / 3
+    step = rotated(points.x, points.slope, (then - points.t) * math.pi / 2)
+    torch.testing.assert_close(step, VIEW.add_noise(found.x0, found.eps, then))
+
+
+@every_process
+@every_target
+def test_tangent_vanishes_at_the_consistency_function(process, target):
+    points = states(LAW.denoiser(process, target))
+    student = END.denoiser(process, target).under(VIEW)
+    found = slope(student(points.x, points.t))
+    g = tangent(found, exact_change(student, points), points, 1.0)
+    torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-11)
+    shifted = tangent(found + 0.1, exact_change(student, points), points, 1.0)
+    assert shifted.abs().amax() > 1e-2
+
+
+@every_process
+@pytest.mark.parametrize("ramp", [0.0, 0.5, 0.75])
+def test_tangent_at_the_consistency_function_before_the_end_of_the_warmup(process, ramp):
+    """``g = -(1 - r) cos^2 (sigma_d F - dx/dtheta)``: a student that leans towards the teacher's velocity."""
+    points = states(LAW.denoiser(process, "flow"))
+    student = END.denoiser(process, "flow").under(VIEW)
+    found = slope(student(points.x, points.t))
+    g = tangent(found, exact_change(student, points), points, ramp)
+    torch.testing.assert_close(g, -(1 - ramp) * angles(points)[0].square() * (found - points.slope))
+
+
+@every_process
+@every_target
+@pytest.mark.parametrize("variance", [0.09, 0.36, 1.0])
+def test_tangent_of_a_student_that_is_its_teacher(process, target, variance):
+    """``sigma_d F = kappa x`` and ``g = -sin cos (1 + kappa' + kappa^2) x``, for ``kappa`` as below."""
+    law = gaussian(torch.zeros(2, dtype=torch.float64), variance * torch.eye(2, dtype=torch.float64))
+    teacher = law.denoiser(process, target).under(VIEW)
+    points = states(law.denoiser(process, target))
+    cos, sin = angles(points)
+    gap, v2 = SIGMA**2 - variance, cos.square() * variance + SIGMA**2 * sin.square()
+    kappa = sin * cos * gap / v2
+    rise = (cos.square() - sin.square()) * gap / v2 - 2 * kappa.square()
+    torch.testing.assert_close(points.slope, kappa * points.x)
+    g = tangent(points.slope, exact_change(teacher, points), points, 1.0)
+    torch.testing.assert_close(g, -sin * cos * (1 + rise + kappa.square()) * points.x)
+    h = torch.full_like(points.t, 1e-5)
+    ends = [teacher(rotated(points.x, points.slope, k * h), points.t + k * h / (math.pi / 2)).x0 for k in (-1, 1)]
+    torch.testing.assert_close(g, cos * (ends[1] - ends[0]) / 2e-5, rtol=1e-6, atol=1e-7)
+    zero = tangent(points.slope, exact_change(teacher, points), points, 0.0)
+    torch.testing.assert_close(zero, torch.zeros_like(zero))
+
+
+class Smooth(nn.Module):
+    """A small network without any structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+
+    def forward(self, x, label):
+        return self.layers(torch.cat([x, label[:, None].to(x.dtype) / 8], 1))
+
+
+@every_process
+@every_target
+@torch.no_grad()
+def test_exact_and_finite_derivatives_agree(process, target):
+    points = states(LAW.denoiser(process))
+    process = replace(process, label_scale=8.0) if isinstance(process, Flow) else process
+    student = Denoiser(Smooth(), process, target, call).under(VIEW)
+    exact = exact_change(student, points)
+    errors = [(finite_change(student, points, step) - exact).abs().max() for step in (2e-3, 1e-3)]
+    assert errors[1] < 1e-4 * exact.abs().max()
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2) or isinstance(process, VP)  # its levels have kinks
+
+
+@pytest.mark.parametrize("process", [PROCESSES["vp"], PROCESSES["ve"]], ids=["vp", "ve"])
+@torch.no_grad()
+def test_the_difference_is_one_sided_at_the_ends_of_what_the_network_knows(process):
+    ends = VIEW.time_at_log_snr(process.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+    inside = ends + torch.tensor([1e-9, -1e-9])
+    x = torch.randn(2, 2, dtype=torch.float64)
+    points = Points(x, inside, slope(LAW.denoiser(process).under(VIEW)(x, inside)), {})
+    student = Denoiser(Smooth(), process, "v", call).under(VIEW)
+    torch.testing.assert_close(
+        finite_change(student, points, 1e-4), exact_change(student, points), rtol=2e-3, atol=1e-4
+    )
+
+
+def test_route_of_the_reference_code():
+    """16 sigmas of a flow of shift 2.5 whose lower end is shifted twice."""
+    route = TBCM(t_min=2.5 * 0.001 / (1 + 1.5 * 0.001)).route(Flow(shift=2.5))
+    theta = torch.atan2(Flow(shift=2.5).sigma(route), Flow(shift=2.5).alpha(route))
+    expected = (
+        "1.5708 1.5423 1.5095 1.4714 1.4268 1.3741 1.3112 1.2356 1.1440 1.0331 .8997 .7425 .5642 .3734 .1832 .0063"
+    )
+    torch.testing.assert_close(theta, torch.tensor([float(x) for x in expected.split()]).double(), rtol=0, atol=6e-5)
+
+
+@every_process
+def test_trajectories_are_ddim_chains_of_the_teacher(process):
+    torch.manual_seed(0)
+    method, noise = TBCM(sigma_data=SIGMA, route_points=6, start_ratio=9.0), torch.randn(5, 2, dtype=torch.float64)
+    teacher = LAW.denoiser(process, "v")
+    points = method.trajectory(teacher, noise, {})
+    times = process.time_at_log_snr(VIEW.log_snr(points.t)).view(5, 5)
+    torch.testing.assert_close(times, times[:, :1].expand(5, 5))  # shared by the batch
+    start = method.sampler(process).times[0]
+    x = process.student_input(noise, torch.full((5,), start), "sigma")
+    a, s = process.coefficients(process.time_at_log_snr(VIEW.log_snr(points.t)), points.x)
+    native = points.x * (a.square() + (s / SIGMA).square()).sqrt()
+    chain = ode_steps(teacher, x, [start, *times[:-1, 0].tolist()], end=times[-1, 0].item())
+    torch.testing.assert_close(native.view(5, 5, 2), torch.stack([step.x for step in chain]))
+    torch.testing.assert_close(points.slope, slope(teacher.under(VIEW)(points.x, points.t)))
+    route = method.route(process)
+    assert ((times[:, 0] < route[:-1]) & (times[:, 0] > route[1:])).all()
+    assert not torch.equal(method.trajectory(teacher, noise, {}).t, points.t)
+
+
+@pytest.mark.parametrize("variance", [0.09, 0.36, 1.0])
+@pytest.mark.parametrize("process", [Flow(), Trig(), VE(sigma_max=200.0)], ids=["flow", "trig", "ve"])
+def test_states_have_the_marginal_variance(process, variance):
+    """``cos^2 lambda + sin^2 sigma_d^2`` up to the error of the first-order solver."""
+    law = gaussian(torch.zeros(2, dtype=torch.float64), variance * torch.eye(2, dtype=torch.float64))
+    method, noise = TBCM(sigma_data=SIGMA, route_points=400, trained_points=399), cubature(2)
+    points = method.trajectory(law.denoiser(process), noise, {})
+    cos, sin = angles(points)
+    wanted = (cos.square() * variance + sin.square() * SIGMA**2).view(-1, 4)[:, 0]
+    found = points.x.square().view(-1, 4, 2).mean((1, 2))
+    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0)
+
+
+def test_a_step_trains_on_so_many_points_of_different_intervals():
+    method, noise = TBCM(route_points=9, trained_points=4), torch.randn(3, 2, dtype=torch.float64)
+    cond = {"class_labels": torch.arange(3)}
+    route, visited = method.route(Flow()), set()
+    for _ in range(30):
+        points = method.trajectory(Conditioned.denoiser(), noise, cond)
+        assert points.x.shape == (12, 2)
+        assert points.cond["class_labels"].tolist() == [0, 1, 2] * 4
+        times = Flow().time_at_log_snr(Trig(noise_std=0.5).log_snr(points.t))[::3].contiguous()
+        inside = (8 - torch.searchsorted(route.flip(0), times)).tolist()
+        assert len(set(inside)) == 4
+        visited |= set(inside)
+    assert visited == set(range(8))
+
+
+class Conditioned(nn.Module):
+    """A network that moves with its class."""
+
+    def forward(self, x, label, class_labels):
+        return class_labels[:, None] - x
+
+    @classmethod
+    def denoiser(cls) -> Denoiser:
+        return Denoiser(cls(), Flow(), "flow", call)
+
+
+@pytest.mark.parametrize("norm", ["l2", "rms"])
+@pytest.mark.parametrize("jvp", ["exact", "finite"])
+def test_loss_and_gradient_are_the_papers_equations_written_plainly(norm, jvp):
+    """On a flow, with the derivative of ``f`` by autograd; gradients reach the learner alone."""
+    method = TBCM(sigma_data=1.0, tangent_norm=norm, tangent_constant=0.3, jvp=jvp, finite_step=1e-4, route_points=5)
+    process, noise = Flow(label_scale=1.0), torch.randn(4, 2, dtype=torch.float64)
+    nets = {role: Denoiser(Smooth(), process, "flow", call) for role in ("student", "still")}
+    nets["teacher"] = Denoiser(copy.deepcopy(LAW.denoiser(process, "flow").network), process, "flow", call)
+    torch.manual_seed(5)
+    loss = method.student_loss(nets, Batch(noise), ramp=0.7)
+    loss.value.backward()
+    assert all(parameter.grad is None for parameter in nets["still"].network.parameters())
+    torch.manual_seed(5)
+    points = method.trajectory(nets["teacher"], noise, {})
+    cos, sin = angles(points)
+    net, total = nets["student"].network, {"l2": 2, "rms": 1}[norm]
+
+    def velocity(x, theta):
+        """SANA-Sprint's formula of ``F``."""
+        cos, sin = torch.cos(theta), torch.sin(theta)
+        t, k = sin / (sin + cos), 1 / (sin + cos)
+        return ((1 - 2 * t) * x * k + (1 - 2 * t + 2 * t * t) * net(x * k, t[:, 0])) / k
+
+    theta = points.t[:, None] * math.pi / 2
+    _, change = torch.autograd.functional.jvp(velocity, (points.x, theta), (points.slope, torch.ones_like(theta)))
+    found = velocity(points.x, theta)
+    g = -cos.square() * (found - points.slope) - 0.7 * sin * cos * (points.x + change)
+    size = (total * g.square().mean(1, keepdim=True)).sqrt()
+    error = found - (found + g / (size + 0.3)).detach()
+    plain = total * error.square().mean()
+    torch.testing.assert_close(loss.value, plain, rtol=1e-6, atol=0)
+    wanted = torch.autograd.grad(plain, list(net.parameters()))
+    for parameter, gradient in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_ramp_rises_once_and_may_fall_later():
+    def ramps(method: TBCM, *steps: int) -> list[float]:
+        return [next(method.turns(step)).loss.keywords["ramp"] for step in steps]  # type: ignore[attr-defined]
+
+    assert ramps(TBCM(warmup_steps=100), 0, 25, 100, 10**6) == [0.0, 0.25, 1.0, 1.0]
+    assert ramps(TBCM(warmup_steps=0), 0) == [1.0]
+    calm = TBCM(warmup_steps=100, calm_down=(200, 50, 0.6))
+    assert ramps(calm, 50, 200, 225, 250, 10**6) == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.6])
+
+
+@every_process
+def test_one_step_of_the_consistency_function_is_the_end_of_the_ode(process):
+    noise = torch.randn(6, 2, dtype=torch.float64)
+    sampler = TBCM().sampler(process)
+    start = torch.full((6,), sampler.times[0], dtype=torch.float64)
+    found = sampler(END.denoiser(process, "v"), noise)
+    x = process.student_input(noise, start, "sigma")
+    torch.testing.assert_close(found, END.expectations(x, *process.coefficients(start, x))[0])
+    low = torch.full_like(start, 0.0)
+    state, (a, s) = flow_map(LAW, process, x, start, low), process.coefficients(low, x)
+    torch.testing.assert_close(found, END.expectations(state, a, s.clamp_min(1e-12))[0])
+
+
+def test_few_steps_renoise_afresh():
+    sampler = TBCM(steps=3, start_ratio=10.0).sampler(PROCESSES["vp"])
+    assert len(sampler.times) == 3
+    assert sampler.renoising == "fresh"
+    first = TBCM(steps=3, start_ratio=10.0).route(PROCESSES["vp"])[0]
+    assert first == sampler.times[0]  # trained from where it is asked to start
+
+
+class Unforward(torch.autograd.Function):
+    """An operation with a backward but no forward mode, like a fused attention kernel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()).double())
+
+    def forward(self, x, label):
+        return self.scale * Unforward.apply(x)
+
+
+def test_a_network_without_forward_mode_is_told_what_to_set():
+    net = Denoiser(Fused(), Flow(), "flow", call)
+    nets, batch = {"teacher": net, "student": net, "still": net}, Batch(torch.randn(3, 2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"set method\.jvp=finite"):
+        TBCM(jvp="exact").student_loss(nets, batch)
+    assert TBCM(jvp="finite").student_loss(nets, batch).value.isfinite()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_both_derivatives_pass_the_attention_of_a_stock_network(checkpointing):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=4,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    student = Denoiser(unet, Flow(), "flow", unet2d.call)
+    x, t = torch.randn(4, 1, 4, 4), torch.linspace(0.2, 0.9, 4, dtype=torch.float64)
+    with torch.no_grad():
+        points = Points(x, t, slope(student.under(VIEW)(x, t)), {})
+        exact = exact_change(student.under(VIEW), points)
+        finite = finite_change(student.under(VIEW), points, 2e-4)
+    assert exact.dtype == torch.float32
+    assert (exact - finite).norm() < 0.03 * exact.norm()
+
+
+def test_derivative_is_in_full_precision_under_autocast():
+    seen = []
+
+    def watched(network: nn.Module, x: Tensor, label: Tensor, cond) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return network(x)
+
+    net = Denoiser(nn.Linear(2, 2), Flow(), "flow", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        method = TBCM(route_points=3, jvp="finite")
+        method.student_loss({"teacher": net, "student": net, "still": net}, Batch(torch.randn(2, 2)))
+    assert seen == [True] * 3 + [False] * 2 + [True]
+
+
+def test_check_names_what_a_teacher_lacks():
+    for target in ("eps", "v", "flow", "edm"):
+        TBCM(start_ratio=5.0).check(LAW.denoiser(Flow(), target))
+    with pytest.raises(ValueError, match=r"f\(x, 0\) = x"):
+        TBCM().check(LAW.denoiser(Flow(), "x0"))
+    with pytest.raises(ValueError, match="consistency function is not a posterior mean"):
+        TBCM().check(LAW.denoiser(Flow(), "consistency"))
+    with pytest.raises(ValueError, match=r"set method\.start_ratio=20 or less"):
+        TBCM().check(LAW.denoiser(Flow(), "eps"))
+    TBCM(start_ratio=19.9).check(LAW.denoiser(Flow(), "eps"))
+    with pytest.raises(ValueError, match=r"not above t_min=0\.9"):
+        TBCM(start_ratio=1.0, t_min=0.9).check(LAW.denoiser(Flow(), "flow"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"steps": 0},
+        {"start_ratio": 0.0},
+        {"t_min": 0.0},
+        {"route_points": 1},
+        {"trained_points": 0},
+        {"sigma_data": 0.0},
+        {"tangent_constant": 0.0},
+        {"warmup_steps": -1},
+        {"calm_down": (10, 0, 0.5)},
+        {"calm_down": (10, 5, 1.5)},
+        {"finite_step": 0.0},
+    ],
+)
+def test_impossible_hyper_parameters_are_refused(values):
+    with pytest.raises(ValueError, match="|".join(values)):
+        TBCM(**values)
+
+
+@pytest.mark.slow
+def test_tbcm_learns_the_map_of_a_mixture():
+    """The exact map of one-dimensional noise keeps quantiles; the error is averaged over the noise."""
+    torch.manual_seed(0)
+    variances = torch.tensor([0.2, 0.5]).square().reshape(2, 1, 1)
+    law = Mixture(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0], [1.5]]), variances)
+    student = Denoiser(MLP(1, 64), FLOW, "flow", call)
+    method = TBCM(warmup_steps=100, jvp="finite", tangent_norm="rms", tangent_constant=1.0)
+    learn(method, {"teacher": law.denoiser(FLOW), "student": student, "still": student}, 400, 32, 1, 5e-3)
+    noise = torch.special.ndtri((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)[:, None]
+    exact = monotone_map(law.double(), FLOW, noise, torch.ones(2000), torch.zeros(2000))
+    with torch.no_grad():
+        found = method.sampler(FLOW)(student, noise.float())
+    assert (found - exact).square().mean().sqrt() < 0.25
+
+
+@pytest.mark.slow
+def test_tbcm_turns_a_network_into_a_one_step_generator_of_every_mode():
+    torch.manual_seed(0)
+    law = ring()
+    teacher = distilled_onto(law, FLOW, 700)
+    student = replace(teacher, network=copy.deepcopy(teacher.network))
+    method = TBCM(warmup_steps=75, jvp="finite")
+    learn(method, {"teacher": teacher, "student": student, "still": student}, 300, 32, 2, 1e-3)
+    with torch.no_grad():
+        noise, truth = torch.randn(4096, 2), law.sample(4096)
+        before, found = (method.sampler(FLOW)(net, noise) for net in (teacher, student))
+    assert sliced_w1(before, truth) > 0.3
+    assert sliced_w1(found, truth) <= 0.12
+    share = torch.cdist(found, law.means).argmin(1).bincount(minlength=8) / len(found)
+    assert share.min() > 0.05
