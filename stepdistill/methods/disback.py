@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from ..denoiser import Denoiser
 from ..process import NoiseProcess
 from ..samplers import StudentSampler
+from ._score import fake_guided
 from .base import Batch, Loss, Method, Nets, Snapshots, Turn
 from .dmd import DMD
 from .sid import SiD
@@ -31,7 +32,7 @@ class DisBack(Method):
     frozen_roles: ClassVar = ("target",)
 
     name: Literal["disback"] = "disback"
-    method: SiD | DMD | SwiftBrush = DMD()
+    method: DMD | SiD | SwiftBrush = DMD()
     """The score distillation that follows the path."""
     record_steps: int = 100
     """Steps of degradation: the student stands still, the fake network learns its samples."""
@@ -77,12 +78,15 @@ class DisBack(Method):
             if role == "fake":
                 yield Turn(role, loss)
             elif step >= self.record_steps:
-                yield Turn(role, partial(_led, loss, "target" if self.target(step) > 0 else "teacher"))
+                yield Turn(role, partial(_led, loss, self.method.fake_guidance) if self.target(step) > 0 else loss)
 
 
-def _led(loss: Callable[[Nets, Batch], Loss], leader: str, nets: Nets, batch: Batch) -> Loss:
-    """``loss`` with the network ``leader``, under the teacher's guidance, in the teacher's place."""
-    return loss({**nets, "teacher": replace(nets[leader], guidance=nets["teacher"].guidance)}, batch)
+def _led(loss: Callable[[Nets, Batch], Loss], scale: float, nets: Nets, batch: Batch) -> Loss:
+    """``loss`` with a recorded network in the teacher's place, under the guidance ``scale`` it was recorded with.
+
+    Under another scale it is not the denoiser of the samples that it learned.
+    """
+    return loss({**nets, "teacher": replace(nets["target"], guidance=fake_guided(nets, scale).guidance)}, batch)
 
 
 def _name(point: int) -> str:

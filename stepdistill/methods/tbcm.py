@@ -128,13 +128,12 @@ class TBCM(Method):
     """Half-width of that difference in ``ln(sigma / alpha)``; 0.02 or more where the GPU multiplies in TF32."""
 
     def __post_init__(self) -> None:
-        values = vars(self)
         for name in ("start_ratio", "t_min", "sigma_data", "tangent_constant", "finite_step"):
-            if not values[name] > 0:
-                raise ValueError(f"{name} must be positive, got {values[name]}")
+            if not vars(self)[name] > 0:
+                raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
         for name, least in (("steps", 1), ("route_points", 2), ("trained_points", 1), ("warmup_steps", 0)):
-            if values[name] < least:
-                raise ValueError(f"{name} must be at least {least}, got {values[name]}")
+            if vars(self)[name] < least:
+                raise ValueError(f"{name} must be at least {least}, got {vars(self)[name]}")
         if self.calm_down and not (self.calm_down[1] > 0 and 0 <= self.calm_down[2] <= 1):
             raise ValueError(f"calm_down needs steps > 0 and an end in [0, 1], got {self.calm_down}")
 
