@@ -97,6 +97,11 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
             samplers.append(stage.method.sampler(teacher.process))
         except ValueError as error:
             raise UserError(f"stage {number}: {error}" if len(stages) > 1 else str(error)) from None
+        if stage.steps < stage.method.least_steps:
+            raise UserError(
+                f"{stage.method.name} needs at least {stage.method.least_steps} steps for all its phases, got "
+                f"steps={stage.steps}; train longer, or shorten the phases in method"
+            )
     for number, (before, after) in enumerate(pairwise(samplers), 1):
         fed = [f"at t = {each.times[0]:.4g}, {each.input}" for each in (before, after)]
         if fed[0] != fed[1]:

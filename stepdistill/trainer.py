@@ -204,7 +204,9 @@ class Trainer:
         """Write weights, optimizers, averages, schedules, step and every process's random state."""
         self.accelerator.save_state(str(folder))
         if self.memory:
-            save_file(self.memory, folder / self._memory_file)
+            # The file format takes neither views of one storage nor other strides.
+            kept = {key: value.clone(memory_format=torch.contiguous_format) for key, value in self.memory.items()}
+            save_file(kept, folder / self._memory_file)
 
     def load(self, folder: Path) -> None:
         """Continue exactly where ``save`` was called."""

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from typing import get_args, get_type_hints
 
 import pytest
@@ -93,7 +94,7 @@ def test_the_recorded_path_is_geometric_towards_the_student(monkeypatch):
     """Gradient descent by .2 shrinks ``mu - b`` by ``1 - 2 * .2 * (s^2 / V)^2 = .9`` a step."""
     process, b = VE(sigma_min=0.1, sigma_max=5.0), 0.5
     one = process.time_at_log_snr(torch.zeros(1, dtype=torch.float64)).item()
-    method = DisBack(record_steps=10, points=5, method=DMD(fake_times=at(one)))
+    method = DisBack(record_steps=10, points=5, method=DMD(fake_times=at(one), fake_updates=1))
     z, eps = cubature(2).split(1, dim=1)
     monkeypatch.setattr(torch, "randn_like", lambda like: eps)
     nets = {role: Denoiser(Mean(2.0 + b), process, "x0", call) for role in ("teacher", "fake", "target")}
@@ -181,8 +182,8 @@ def test_every_switch_changes_the_teacher_to_the_recorded_network_and_ends_with_
     found = taught(trainer, 20, monkeypatch)
     assert found[:8] == [None] * 8
     outputs = found[8:]
-    for k, (before, after) in enumerate(zip(outputs, outputs[1:], strict=False)):
-        assert torch.equal(before, after) == (PATH[k] == PATH[k + 1]), "the output changes at a switch and only there"
+    stays = [torch.equal(before, after) for before, after in pairwise(outputs)]
+    assert stays == [before == after for before, after in pairwise(PATH)], "the output changes at switches alone"
     fresh = Denoiser(MLP(8, 16), FLOW, "flow", call)
     for point, output in zip(PATH, outputs, strict=True):
         if point:
@@ -226,8 +227,9 @@ def test_the_student_does_not_move_while_the_path_is_recorded_and_the_fake_netwo
     assert not any(p.requires_grad for p in trainer.frozen["target"].network.parameters())
 
 
-@pytest.mark.parametrize("at_step", [2, 5, 8, 12, 18])
-@pytest.mark.parametrize("inner", [DMD(steps=2), SiD()])
+@pytest.mark.parametrize(
+    ("inner", "at_step"), [(DMD(steps=2, fake_updates=1), k) for k in (2, 5, 8, 12, 18)] + [(SiD(), 12)]
+)
 def test_a_resumed_run_goes_back_along_the_same_path_bit_for_bit(inner, at_step, tmp_path):
     """Before, at the end of and after the recording, within a target and after the last one."""
     method = replace(SHORT, method=inner)
@@ -244,7 +246,8 @@ def test_a_resumed_run_goes_back_along_the_same_path_bit_for_bit(inner, at_step,
         resumed.step()
     for role in ("student", "fake"):
         assert torch.equal(weights(resumed.learners[role]), weights(whole.learners[role])), role
-    assert torch.equal(weights(resumed.frozen["target"].network), weights(whole.frozen["target"].network))
+    if at_step < 17:  # later the teacher itself teaches, and no target is read again
+        assert torch.equal(weights(resumed.frozen["target"].network), weights(whole.frozen["target"].network))
 
 
 def test_a_network_that_holds_the_snapshot_is_not_read_again(tmp_path):
@@ -278,12 +281,11 @@ def test_a_snapshot_is_a_copy_and_every_weight_of_it_counts(disk, tmp_path):
 
 def test_a_missing_target_stops_the_run_with_its_file(tmp_path):
     trainer = build(SHORT, tmp_path / "snapshots")
-    for _ in range(10):
+    for _ in range(11):
         trainer.step()
     (tmp_path / "snapshots/target_2.safetensors").unlink()
     with pytest.raises(UserError, match=r"target_2\.safetensors"):
-        for _ in range(3):
-            trainer.step()
+        trainer.step()
 
 
 def test_a_path_of_unets_is_recorded_and_followed(tmp_path):
@@ -358,7 +360,10 @@ def test_an_unknown_nested_method_lists_the_known_ones():
     assert any(name in str(caught.value) for name in ("'dmd'", "'sid'", "'swiftbrush'"))
 
 
-@pytest.mark.parametrize("method", ["{name: swiftbrush}", "{name: sid, init_ratio: .inf}", "{name: disback, method: {name: swiftbrush}}"])
+INFINITE = ["{name: swiftbrush}", "{name: sid, init_ratio: .inf}", "{name: disback, method: {name: swiftbrush}}"]
+
+
+@pytest.mark.parametrize("method", INFINITE)
 def test_an_infinite_ratio_survives_the_dump(method, tmp_path):
     config = parse(Config, "digits_sid", [f"method={method}"])
     text = yaml.safe_dump(config.dump())

@@ -378,6 +378,12 @@ def test_gradients_reach_only_the_learner(derivative):
             parameter.grad = None
 
 
+def test_directions_are_computed_without_a_graph():
+    nets, noise, r = learning_nets(Flow()), torch.randn(3, 2, dtype=torch.float64), torch.full((3,), 0.5).double()
+    assert not residual(FreeFlow(), nets, noise, r).requires_grad
+    assert not correction(nets, noise, r, {}).requires_grad
+
+
 @every_process
 @every_target
 def test_fake_loss_is_least_at_the_students_own_law(process, target):
@@ -506,8 +512,8 @@ class NoForwardMode(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad
+    def backward(ctx, *grad_outputs):
+        return grad_outputs[0]
 
 
 def test_a_network_without_forward_mode_is_told_the_setting_that_helps():

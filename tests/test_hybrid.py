@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from stepdistill.export import export, plan
 from stepdistill.hybrid import HybridSampler, trace_ode, trace_x0
 from stepdistill.methods._shared import few_step_times
 from stepdistill.process import VE, VP, Flow, Trig
-from stepdistill.samplers import SampleNoise, StudentSampler, ode_steps, sample_ode, teacher_grid
+from stepdistill.samplers import Renoising, SampleNoise, StudentSampler, ode_steps, sample_ode, teacher_grid
 from stepdistill.schedulers import read_scheduler
 
 FILE = Path(__file__).parents[1] / "pipelines/hybrid_ddpm_v1.py"
@@ -171,6 +172,15 @@ def test_one_real_network_for_both_is_plain_sampling_bit_for_bit(scheduler):
     assert torch.equal(HybridSampler(plain, 2)(net, net, noise), plain(net, noise))
 
 
+@every_process
+def test_the_teacher_hands_over_in_its_own_way_and_the_student_goes_on_in_its_own(process):
+    hybrid = HybridSampler(StudentSampler((0.9, 0.5, 0.2), renoising="fresh"), 1)
+    said = hybrid.trace(LAW.denoiser(process), FlowMap(process).denoiser(), noise_of(), renoise=draws())
+    *_, taught, second, third = said
+    for said, before, eps, time in ((second, taught, taught.eps, 0.5), (third, second, draws()(), 0.2)):
+        torch.testing.assert_close(said.x_t, process.add_noise(before.x0, eps, at(time, eps)), rtol=1e-12, atol=1e-12)
+
+
 # A student of one call
 
 
@@ -252,7 +262,7 @@ def test_a_teachers_trace_is_what_diffusers_calls_the_predicted_original_sample(
     scheduler.set_timesteps(4)
     theirs, x = [], noise
     for t in scheduler.timesteps:
-        step = scheduler.step(network(x, t.float(), return_dict=False)[0], t, x)
+        step: Any = scheduler.step(network(x, t.float(), return_dict=False)[0], t, x)
         theirs.append(step.pred_original_sample)
         x = step.prev_sample
     denoiser = Denoiser(network, **read_scheduler(scheduler), call=unet2d.call)
@@ -263,7 +273,7 @@ def test_a_teachers_trace_is_what_diffusers_calls_the_predicted_original_sample(
 # Exported students: the command and the pipeline
 
 
-def exported(folder: Path, scheduler, sampler=None, *, calls=3, renoising="fresh", classes=None):
+def exported(folder: Path, scheduler, sampler=None, *, calls=3, renoising: Renoising = "fresh", classes=None):
     """A student and its teacher on disk; both as denoisers, and the student's sampler."""
     options = {} if classes is None else {"num_class_embeds": classes}
     teacher = tiny_unet(seed=0, **options).requires_grad_(False)
@@ -297,7 +307,7 @@ CASES = {
     "one": lambda f: exported(f, table(), EARLY),
     "one_unit": lambda f: exported(f, table("v_prediction"), replace(EARLY, input="unit")),
 }
-CHOICES = (
+CHOICES: tuple[dict[str, Any], ...] = (
     {"teacher_first": 0},
     {"teacher_first": 1},
     {"teacher_first": 2, "teacher_steps": 7},

@@ -104,6 +104,20 @@ def test_a_run_is_described_in_one_way(settings, message, teachers, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [
+        ({"name": "disback", "method": DMD, "record_steps": 4, "points": 2, "switch_every": 3}, 8),
+        ({"name": "tscd", "segments": [2, 1], "stage_steps": [6], "teacher_steps": 4, "init_ratio": 2.0}, 7),
+    ],
+    ids=["disback", "tscd"],
+)
+def test_a_run_too_short_for_all_phases_is_refused(method, least, teachers, tmp_path, capsys):
+    assert run(config=recipe(tmp_path, teachers(), method=method, steps=least - 1)) == 2
+    assert f"at least {least} steps" in capsys.readouterr().err
+    assert run(config=recipe(tmp_path, teachers(), method=method, steps=least)) == 0
+
+
 def lora(**roles):
     return {role: {"rank": rank, "alpha": rank, "targets": ["to_q", "to_v", "conv1"]} for role, rank in roles.items()}
 

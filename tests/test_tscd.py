@@ -3,6 +3,8 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -294,7 +296,7 @@ def test_stages_follow_one_another_and_their_students_are_kept():
     for step in range(11):
         method.prepare(step, nets, Names())
         (turn,) = method.turns(step)
-        counts.append(turn.loss.keywords["segments"])
+        counts.append(cast(partial, turn.loss).keywords["segments"])
     assert counts == [8] * 3 + [4] * 2 + [2] * 4 + [1] * 2
     assert kept == [(3, "segments_8"), (5, "segments_4"), (9, "segments_2")]
 

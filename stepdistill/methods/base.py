@@ -93,6 +93,11 @@ class Method(ABC):
         """An adversarial term is on, the only use this package has for real images."""
         return False
 
+    @property
+    def least_steps(self) -> int:
+        """Steps that a run needs for every phase of the method to take place."""
+        return 1
+
     def check(self, teacher: Denoiser) -> None:
         """Raise ``ValueError`` where this method cannot learn from ``teacher``."""
         if teacher.target not in self.targets:

@@ -55,6 +55,10 @@ class DisBack(Method):
         self.method.check(teacher)
 
     @property
+    def least_steps(self) -> int:
+        return self.record_steps + (self.points - 1) * self.switch_every + 1
+
+    @property
     def takes_images(self) -> bool:
         return self.method.takes_images
 

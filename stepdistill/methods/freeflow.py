@@ -156,7 +156,7 @@ class FreeFlow(Method):
         residual = self.residual(nets, noise[first], told.x0[first], told.eps[first], s, rows(cond, first))
         size = pixel_mean(residual.square())
         prediction = residual * broadcast((size + self.eps) ** -self.decay, residual)
-        x0 = told.x0[second].detach()
+        x0 = told.x0[second]
         gap = correction(nets, x0, start * self.times.draw(FLOW, x0), rows(cond, second))
         scale = self.correction_ratio * norm(prediction) / (norm(gap) + self.eps)
 

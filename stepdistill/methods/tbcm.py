@@ -123,9 +123,9 @@ class TBCM(Method):
     calm_down: tuple[int, int, float] | None = None
     """``(first step, steps, end)`` of a later fall of ``r``; below 1 the student leans to the posterior mean."""
     jvp: Literal["exact", "finite"] = "exact"
-    """Derivative of the student: forward mode, or a central difference for networks without it (and faster)."""
-    finite_step: float = 0.002
-    """Half-width of that difference in ``ln(sigma / alpha)``; 0.02 or more where the GPU multiplies in TF32."""
+    """Derivative of the student: forward mode, or a central difference for networks without it, or with DDPM tables."""
+    finite_step: float = 0.05
+    """Half its width in ``ln(sigma / alpha)``; wider than the gaps of a table, where networks are untrained."""
 
     def __post_init__(self) -> None:
         for name in ("start_ratio", "t_min", "sigma_data", "tangent_constant", "finite_step"):

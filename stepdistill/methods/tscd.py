@@ -126,6 +126,10 @@ class TSCD(Method):
         if sigma > 1.01 and self.input == "unit":
             raise ValueError(f"sigma = {sigma:.3g} where trajectories start is not 1; set method.input=sigma")
 
+    @property
+    def least_steps(self) -> int:
+        return sum(self.stage_steps) + 1
+
     def stage(self, step: int) -> int:
         """Index into ``segments`` of the stage that ``step`` belongs to."""
         return bisect_right(list(accumulate(self.stage_steps)), step)
