@@ -4,7 +4,7 @@ import copy
 import shutil
 from dataclasses import replace
 from itertools import pairwise
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -97,9 +97,10 @@ def test_the_recorded_path_is_geometric_towards_the_student(monkeypatch):
     method = DisBack(record_steps=10, points=5, method=DMD(fake_times=at(one), fake_updates=1))
     z, eps = cubature(2).split(1, dim=1)
     monkeypatch.setattr(torch, "randn_like", lambda like: eps)
-    nets = {role: Denoiser(Mean(2.0 + b), process, "x0", call) for role in ("teacher", "fake", "target")}
+    means = {role: Mean(2.0 + b) for role in ("teacher", "fake", "target")}
+    nets = {role: Denoiser(network, process, "x0", call) for role, network in means.items()}
     student = Denoiser(Mean(0.0), process, "x0", lambda network, x, label, cond: b + z)
-    kept, mu = Remembered(), nets["fake"].network.mu
+    kept, mu = Remembered(), means["fake"].mu
     for step in range(10):
         method.prepare(step, nets, kept)
         for role, loss in method.turns(step):
@@ -112,7 +113,7 @@ def test_the_recorded_path_is_geometric_towards_the_student(monkeypatch):
     # right after a switch the student still equals the last target: the mismatch is (s^2 / V) |mu_i - mu_(i + 1)|
     method.prepare(10, nets, kept)
     led = replace(method, method=DMD(weight="one", student_times=at(one)))
-    nets["fake"].network.mu.data[:] = nets["target"].network.mu + 0.3
+    mu.data[:] = means["target"].mu + 0.3
     (turn,) = (turn for turn in led.turns(10) if turn.role == "student")
     gap = turn.loss({**nets, "student": student}, Batch(z)).log["score_gap"]
     assert gap.sqrt().item() == pytest.approx(0.5 * 0.3)
@@ -161,9 +162,9 @@ def said(net: Denoiser) -> torch.Tensor:
         return net(PROBE, torch.full((3,), 0.4, dtype=torch.float64)).x0
 
 
-def taught(trainer: Trainer, steps: int, monkeypatch) -> list[torch.Tensor | None]:
+def taught(trainer: Trainer, steps: int, monkeypatch) -> list[Any]:
     """What the teacher of the student's turn says on a probe batch, step by step."""
-    found: list[torch.Tensor | None] = []
+    found: list[Any] = []
 
     def spy(method, nets, x_g, cond):
         found[-1] = said(nets["teacher"])

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -183,7 +184,8 @@ def test_the_deterministic_mode_is_the_euler_scheduler_of_diffusers():
     process, noise = Flow(), torch.randn(5, 3)
     denoiser = gaussian(MEAN.float(), COV.float()).denoiser(process, "flow")
     sampler = DMD(steps=4, init_ratio=INF, renoising="ddim").sampler(process)
-    scheduler, x = FlowMatchEulerDiscreteScheduler(), noise
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
+    x = noise
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     for t in scheduler.timesteps:
         x = scheduler.step(denoiser.network(x, t.expand(5).double()), t, x, return_dict=False)[0]
@@ -197,7 +199,7 @@ def test_the_deterministic_mode_is_the_ddim_scheduler_of_diffusers(target, name)
     noise, sampler = torch.randn(5, 3), DMD(steps=4, init_ratio=2.5, input="unit", renoising="ddim").sampler(LINEAR)
     labels = [round(label) for label in LINEAR.label(tensor(sampler.times)).tolist()]
     betas = DDPMScheduler().betas[: labels[0] + 1]
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         num_train_timesteps=len(betas),
         trained_betas=betas.tolist(),
         prediction_type=name,

@@ -262,7 +262,7 @@ def test_a_teachers_trace_is_what_diffusers_calls_the_predicted_original_sample(
     scheduler.set_timesteps(4)
     theirs, x = [], noise
     for t in scheduler.timesteps:
-        step: Any = scheduler.step(network(x, t.float(), return_dict=False)[0], t, x)
+        step: Any = scheduler.step(network(x, t.float(), return_dict=False)[0], int(t), x)
         theirs.append(step.pred_original_sample)
         x = step.prev_sample
     denoiser = Denoiser(network, **read_scheduler(scheduler), call=unet2d.call)
@@ -306,6 +306,7 @@ CASES = {
     "classes": lambda f: exported(f, table("sample"), classes=4),
     "one": lambda f: exported(f, table(), EARLY),
     "one_unit": lambda f: exported(f, table("v_prediction"), replace(EARLY, input="unit")),
+    "one_between": lambda f: exported(f, FlowScheduler(), replace(EARLY, times=(0.7141,))),  # no integer timestep
 }
 CHOICES: tuple[dict[str, Any], ...] = (
     {"teacher_first": 0},

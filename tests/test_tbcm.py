@@ -259,7 +259,7 @@ def test_loss_and_gradient_are_the_papers_equations_written_plainly(norm, jvp):
         return ((1 - 2 * t) * x * k + (1 - 2 * t + 2 * t * t) * net(x * k, t[:, 0])) / k
 
     theta = points.t[:, None] * math.pi / 2
-    _, change = torch.autograd.functional.jvp(velocity, (points.x, theta), (points.slope, torch.ones_like(theta)))
+    change = torch.func.jvp(velocity, (points.x, theta), (points.slope, torch.ones_like(theta)))[1].detach()
     found = velocity(points.x, theta)
     g = -cos.square() * (found - points.slope) - 0.7 * sin * cos * (points.x + change)
     size = (total * g.square().mean(1, keepdim=True)).sqrt()
@@ -310,8 +310,8 @@ class Unforward(torch.autograd.Function):
         return 2 * x
 
     @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
+    def backward(ctx, *grad_outputs):
+        return 2 * grad_outputs[0]
 
 
 class Fused(nn.Module):
