@@ -19,10 +19,10 @@ $(READY): pyproject.toml
 	touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n auto -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from oracles import PROCESSES, TARGETS, call, cubature, gaussian
 from test_export import LINEAR, SCALED, SHAPE, student
 from test_learning import FLOW, distilled_onto, learn, ring, sliced_w1
+from test_score_methods import Gains
 from test_sid import COV, GAIN, MEAN, SHIFT, gradients
 from torch import nn
 
@@ -225,6 +226,17 @@ def test_the_sampler_gives_the_last_call_of_its_trace(process, renoising):
     torch.manual_seed(1)
     assert torch.equal(sampler(denoiser, noise), last.x0)
     assert (last.t == sampler.times[-1]).all()
+
+
+@every_process
+@pytest.mark.parametrize("renoising", ["fresh", "fixed", "ddim"])
+def test_the_gradient_of_a_call_ends_at_its_input(process, renoising):
+    sampler = DMD(steps=3, renoising=renoising).sampler(process)
+    gains = Gains(process.label(tensor(sampler.times)))
+    denoiser = Denoiser(gains, process, "x0", call)
+    for k, prediction in enumerate(sampler.trace(denoiser, torch.randn(5, 3, dtype=torch.float64))):
+        (grad,) = torch.autograd.grad(prediction.x0.sum(), gains.gain)
+        assert grad.nonzero().flatten().tolist() == [k]
 
 
 # Export

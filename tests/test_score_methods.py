@@ -82,7 +82,8 @@ class Targeted:
     """A law whose denoiser is read through a network of one target."""
 
     def __init__(self, law: Mixture, target: Target) -> None:
-        self.law, self.target = law, target
+        self.law = law
+        self.target: Target = target
 
     def denoiser(self, process) -> Denoiser:
         return self.law.denoiser(process, self.target)
