@@ -125,7 +125,11 @@ class Denoiser:
         """The prediction, and the channel mean ``(B, ...)`` of the bottleneck's output ``(B, C, ...)`` on the way."""
         assert self.bottleneck is not None
         seen: list[Tensor] = []
-        hook = self.bottleneck(self.network).register_forward_hook(lambda layer, given, output: seen.append(output))
+
+        def note(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.append(output)
+
+        hook = self.bottleneck(self.network).register_forward_hook(note)
         try:
             prediction = self(x_t, t, cond)
         finally:

@@ -276,8 +276,12 @@ def test_a_snapshot_is_a_copy_and_every_weight_of_it_counts(disk, tmp_path):
         parameter.data.zero_()
     kept.put("a", other)
     assert torch.equal(weights(other.network), wanted)
-    with pytest.raises(RuntimeError, match=r"[Mm]issing|size mismatch|Unexpected"):
-        kept.put("a", Denoiser(MLP(8, 17), FLOW, "flow", call))
+    fewer, more = MLP(8, 16), MLP(8, 16)
+    del fewer.layers[-1]
+    more.layers.append(nn.Linear(8, 8))
+    for network, reason in ((fewer, "Unexpected key"), (more, "Missing key"), (MLP(8, 17), "size mismatch")):
+        with pytest.raises(RuntimeError, match=reason):
+            kept.put("a", replace(net, network=network))
 
 
 def test_a_missing_target_stops_the_run_with_its_file(tmp_path):
