@@ -59,7 +59,7 @@ def trainer(method: SiD | BOOT, batch_size: int) -> Trainer:
         r: copy.deepcopy(TEACHER.network).requires_grad_(True) for r in ("student", *method.roles)
     }
     if method.two_times:
-        networks["student"] = TargetTimeUNet(copy.deepcopy(TEACHER.network))
+        networks["student"] = TargetTimeUNet(copy.deepcopy(TEACHER.network)).requires_grad_(True)
     return Trainer(
         method,
         TEACHER.denoiser,

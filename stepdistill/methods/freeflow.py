@@ -93,7 +93,7 @@ class FreeFlow(Method):
     """``dF/ddelta``: a central difference (two passes), or forward mode (exact, without fused attention)."""
     difference: float = 0.05
     """Half the width of the central difference in ``delta``.  A network told labels up to a thousand wiggles between
-    them: a finer difference, like the exact derivative, reads the wiggles (on the bundled teacher at 0.02 and below)."""
+    them, and a finer difference reads the wiggles, like the exact derivative: ten times too much at 0.01 on digits."""
     times: TimeLaw = LogNormalTimes(mean=0.8, std=1.0)
     """Rectified-flow times ``r / t_0`` of the correction and of the fake network; high noise decides about modes."""
     fake_updates: int = 1
