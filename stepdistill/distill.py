@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import signal
+import statistics
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -84,8 +85,8 @@ class Run:
         self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
         self.taught = self.teacher.guided(config.data)
         self.outcome = Outcome(config, self.teacher, self.taught, self.data)
-        self._sums: dict[str, float] = {}
-        self._count, self._seconds, self._resumed = 0, 0.0, time.monotonic()
+        self._since: dict[str, list[float]] = {}
+        self._seconds, self._resumed = 0.0, time.monotonic()
         self._enter(0, None)
 
     def _enter(self, index: int, student: nn.Module | None) -> None:
@@ -208,12 +209,11 @@ class Run:
     def _watch(self, step: int, log: dict[str, float]) -> None:
         """Average the scalars between two log lines and write them."""
         for name, value in log.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
+            self._since.setdefault(name, []).append(value)
         if not _every(step, self.training.log_every):
             return
-        means = {name: total / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
+        means = {name: statistics.mean(values) for name, values in self._since.items()}
+        self._since = {}
         self._log(self.start + step, means)
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items() if name.endswith("/loss")})
 
