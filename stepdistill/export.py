@@ -57,7 +57,7 @@ class OneStepMap:
 
 def one_step_map(denoiser: Denoiser, sampler: StudentSampler) -> OneStepMap:
     """The linear map of a one-step student, read off the sampler itself with a network that returns a constant."""
-    seen: list[tuple[float, float]] = []
+    seen, sampler = [], replace(sampler, clip_sample=False)
 
     def constant(value: float) -> Denoiser:
         def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
@@ -119,7 +119,7 @@ def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) ->
         prediction_type=kind,
         original_inference_steps=1,
         timestep_scaling=1e10,  # LCM's skip connection vanishes: c_skip < 1e-19
-        clip_sample=False,
+        clip_sample=sampler.clip_sample,
         set_alpha_to_one=True,
     )
     return Plan(ConsistencyModelPipeline, scheduler, 1, student, output, label)
@@ -136,6 +136,8 @@ def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int 
     if isinstance(denoiser.process, VP):
         scheduler = _table_scheduler(denoiser, sampler, first, refusal)
         return Plan(ConsistencyModelPipeline, scheduler, steps, first, first.output, round(first.label))
+    if sampler.clip_sample:
+        raise UserError(f"{refusal}: that of rectified flow does not clip; set method.clip_sample=false")
     scheduler = _flow_scheduler(denoiser, sampler, refusal)
     if classes is not None:
         raise UserError(f"{refusal}: no stock pipeline runs a class-conditional flow")
@@ -159,7 +161,7 @@ def _table_scheduler(
         "num_train_timesteps": label + 1,
         "trained_betas": _betas(denoiser, label, denoiser.process.alpha(times[:1]).item()),
         "prediction_type": kind,
-        "clip_sample": False,
+        "clip_sample": sampler.clip_sample,
         "set_alpha_to_one": True,
     }
     if sampler.renoising == "ddim":

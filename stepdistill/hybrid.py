@@ -132,6 +132,8 @@ class HybridSampler:
             else:
                 eps = noise if call.renoising == "fixed" else said.eps
             said = call.denoiser(call.state(said.x0, eps), call.time(noise), call.cond)
+            if call.denoiser is student:
+                said = self.student.shown(said)
             yield said
 
     def _calls(self, teacher: Denoiser, student: Denoiser, cond: Cond, like: Tensor) -> list[_Call]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -192,6 +192,8 @@ class StudentSampler:
     """The constant target time told to a network with two times."""
     renoising: Renoising = "fresh"
     """What later calls are fed."""
+    clip_sample: bool = False
+    """Keep every ``x0`` in [-1, 1], the range of pictures; no gradient comes from beyond it."""
 
     def __post_init__(self) -> None:
         if any(now <= then for now, then in pairwise(self.times)):
@@ -215,15 +217,19 @@ class StudentSampler:
         """
         process, cond = denoiser.process, self.cond(denoiser.process, cond, noise)
         t, *levels = (noise.new_full((len(noise),), time, dtype=torch.float64) for time in self.times)
-        prediction = denoiser(process.student_input(noise, t, self.input), t, cond)
+        prediction = self.shown(denoiser(process.student_input(noise, t, self.input), t, cond))
         yield prediction
         for t in levels:
             if self.renoising == "fresh":
                 eps = torch.randn_like(noise) if renoise is None else renoise()
             else:
                 eps = noise if self.renoising == "fixed" else prediction.eps
-            prediction = denoiser(process.add_noise(prediction.x0.detach(), eps.detach(), t), t, cond)
+            prediction = self.shown(denoiser(process.add_noise(prediction.x0.detach(), eps.detach(), t), t, cond))
             yield prediction
+
+    def shown(self, prediction: Prediction) -> Prediction:
+        """``prediction`` with its ``x0`` as a picture shows it; ``eps`` stays, as in diffusers' schedulers."""
+        return replace(prediction, x0=prediction.x0.clamp(-1, 1)) if self.clip_sample else prediction
 
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, renoise: Callable[[], Tensor] | None = None

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -230,6 +230,33 @@ def test_the_sampler_gives_the_last_call_of_its_trace(process, renoising):
 
 @every_process
 @pytest.mark.parametrize("renoising", ["fresh", "fixed", "ddim"])
+def test_a_clipped_student_goes_on_from_its_picture(process, renoising):
+    denoiser, noise = gaussian(MEAN, 4 * COV).denoiser(process), torch.randn(64, 3, dtype=torch.float64)
+    sampler = SiD(steps=2, renoising=renoising, clip_sample=True).sampler(process)
+    torch.manual_seed(1)
+    first, second = sampler.trace(denoiser, noise)
+    free = next(replace(sampler, clip_sample=False).trace(denoiser, noise))
+    assert (free.x0.abs() > 1).any()
+    assert torch.equal(first.x0, free.x0.clamp(-1, 1))
+    assert torch.equal(first.eps, free.eps)
+    torch.manual_seed(1)
+    eps = {"fresh": torch.randn_like(noise), "fixed": noise, "ddim": free.eps}[renoising]
+    t = torch.full((64,), sampler.times[1], dtype=torch.float64)
+    assert torch.equal(second.x_t, process.add_noise(first.x0, eps, t))
+
+
+@pytest.mark.parametrize("method", [DMD(clip_sample=True), *(SiD(clip_sample=True, low_memory=m) for m in (0, 1))])
+def test_nothing_beyond_the_range_of_pictures_moves(method):
+    pixels = nn.Parameter(tensor([-1.5, -0.5, 0.5, 1.5]))
+    constant = Denoiser(nn.ParameterList([pixels]), LINEAR, "x0", lambda net, x, label, cond: net[0].expand_as(x))
+    teacher, fake = (gaussian(mean * torch.ones(4).double(), torch.eye(4).double()).denoiser(LINEAR) for mean in (0, 3))
+    nets = {"student": constant, "teacher": teacher, "fake": fake}
+    method.student_loss(nets, Batch(torch.randn(8, 4).double())).value.backward()
+    assert (cast(torch.Tensor, pixels.grad) != 0).tolist() == [False, True, True, False]
+
+
+@every_process
+@pytest.mark.parametrize("renoising", ["fresh", "fixed", "ddim"])
 def test_the_gradient_of_a_call_ends_at_its_input(process, renoising):
     sampler = DMD(steps=3, renoising=renoising).sampler(process)
     gains = Gains(process.label(tensor(sampler.times)))
@@ -268,6 +295,18 @@ def test_exported_few_step_student_is_its_sampler(process, target, scale, ratio,
         assert export_error(denoiser, other, tmp_path / "student", shape=SHAPE, cond={}) > 1e-3
 
 
+@pytest.mark.parametrize(("renoising", "steps"), [("fresh", 3), ("ddim", 3), ("fresh", 1)])
+@pytest.mark.parametrize(("process", "target"), [(SCALED, "eps"), (SCALED, "v")])
+def test_exported_clipped_student_is_its_sampler(process, target, renoising, steps, tmp_path):
+    denoiser = student(process, target)
+    sampler = SiD(steps=steps, input="unit", renoising=renoising, clip_sample=True).sampler(process)
+    folder, free = tmp_path / "student", replace(sampler, clip_sample=False)
+    export(denoiser, sampler, plan(denoiser, sampler, classes=None), folder, shape=SHAPE, cond={})
+    assert export_error(denoiser, sampler, folder, shape=SHAPE, cond={}) < 2e-5
+    if steps > 1:  # of one step the pipeline shows the clipped picture anyway
+        assert export_error(denoiser, free, folder, shape=SHAPE, cond={}) > 1e-3
+
+
 @pytest.mark.parametrize("renoising", ["fresh", "ddim"])
 def test_exported_class_conditional_few_step_student_is_its_sampler(renoising, tmp_path):
     denoiser = student(SCALED, "eps", num_class_embeds=4)
@@ -284,6 +323,7 @@ def test_exported_class_conditional_few_step_student_is_its_sampler(renoising, t
         (SCALED, "eps", {"input": "sigma"}, None, "set method.input=unit"),
         (PROCESSES["vp"], "edm", {"input": "unit"}, None, "its network predicts 'edm' under a DDPM table"),
         (Flow(), "flow", {"init_ratio": 2.5}, None, "method.init_ratio=.inf"),
+        (Flow(), "flow", {"init_ratio": INF, "clip_sample": True}, None, "set method.clip_sample=false"),
         (Flow(), "eps", {"init_ratio": INF}, None, "a DDPM table, or a rectified flow"),
         (Flow(reversed_label=True), "flow", {"init_ratio": INF}, None, "a DDPM table, or a rectified flow"),
         (Flow(label_scale=1.0), "flow", {"init_ratio": INF}, None, "told a whole multiple of sigma"),

@@ -43,6 +43,9 @@ class ScoreDistillation(Method):
     """What the first call is fed: ``sigma_t`` times the noise, or the unit-variance noise itself."""
     renoising: Renoising = "fresh"
     """How a student of several steps returns to the next level."""
+    clip_sample: bool = False
+    """Compare pictures: what lies beyond [-1, 1] is clipped, as the pipeline will do, and has no gradient.  For pixels
+    that crowd at the ends, as in drawings: the student overshoots there instead of cancelling its last noise."""
     matched: Literal["uniform", "final"] = "uniform"
     """Call that a training step compares with the teacher: any of them, equally often, or the last one always."""
     fake_times: TimeLaw = UniformTimes(low=0.02, high=0.98)
@@ -96,7 +99,8 @@ class ScoreDistillation(Method):
         yield Turn("student", partial(self.student_loss, call=call, judged=judged))
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        return StudentSampler(few_step_times(process, self.init_ratio, self.steps), self.input, None, self.renoising)
+        times = few_step_times(process, self.init_ratio, self.steps)
+        return StudentSampler(times, self.input, None, self.renoising, self.clip_sample)
 
     def generate(self, nets: Nets, batch: Batch, call: int) -> Prediction:
         """What call number ``call`` of the student says; the calls before it are made without a graph."""

@@ -76,8 +76,9 @@ class SiD(ScoreDistillation):
         with torch.set_grad_enabled(not self.low_memory):
             made = self.generate(nets, batch, call)
         gradient, log = self.total_gradient(nets, made.x0.detach(), batch.cond, judged=judged)
-        x_g = nets["student"](made.x_t, made.t, batch.cond).x0 if self.low_memory else made.x0
-        return Loss(steered(x_g, gradient, log["loss"]), log)
+        if self.low_memory:
+            made = self.sampler(nets["teacher"].process).shown(nets["student"](made.x_t, made.t, batch.cond))
+        return Loss(steered(made.x0, gradient, log["loss"]), log)
 
     def gradient(self, nets: Nets, x_g: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:
         process, leaf = nets["teacher"].process, x_g.clone().requires_grad_()
