@@ -19,7 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from stepdistill.conditions import Cond
 from stepdistill.config import Config, Training, parse
 from stepdistill.data import data_free
 from stepdistill.evaluation import Evaluator
+from stepdistill.methods import DisBack
 from stepdistill.samplers import SampleNoise, sample_ode
 from stepdistill.teacher import load_teacher
 from stepdistill.trainer import Trainer
@@ -55,30 +56,47 @@ class Counter:
         return output
 
 
-def units_per_step(config: Config, steps: int = 8) -> float:
-    """Thousand rows that one step of a recipe costs, the mean of its first steps."""
+@dataclass(frozen=True)
+class Cost:
+    """Thousand rows of a step: ``recording`` in the first ``recorded`` steps (DisBack's), then ``learning``."""
+
+    recorded: int
+    recording: float
+    learning: float
+
+    def units(self, step: float) -> float:
+        """Thousand rows of the steps up to ``step``."""
+        return self.recording * min(step, self.recorded) + self.learning * max(0, step - self.recorded)
+
+    def steps(self, units: float) -> int:
+        """Steps that ``units`` thousand rows pay for."""
+        return self.recorded + max(1, round((units - self.recording * self.recorded) / self.learning))
+
+
+def cost_of(config: Config, steps: int = 8) -> Cost:
+    """What the steps of a recipe cost, the mean over a few of them."""
     from stepdistill.distill import Run
 
     run = Run(config.model_copy(update={"output_dir": Path("unused")}))
-    counter = Counter(run.taught.call)
+    counter, method, recorded, looked = Counter(run.taught.call), run.stage.method, 0, 0
+    if isinstance(method, DisBack):
+        recorded, looked = method.record_steps, method.points
+        method = replace(method, record_steps=looked, switch_every=1)
     trainer = Trainer(
-        run.stage.method,
+        method,
         replace(run.taught, call=counter),
         run._networks(None),
         cast(Training, run.stage.training),
-        steps=steps,
+        steps=looked + steps,
         batches=data_free(run.teacher, config.data, torch.device("cpu")).batch,
         accelerator=Accelerator(),
     )
+    for _ in range(looked):
+        trainer.step()
+    recording, counter.units = counter.units / max(looked, 1) / 1000, 0.0
     for _ in range(steps):
         trainer.step()
-    return counter.units / steps / 1000
-
-
-def diversity(features: Tensor) -> float:
-    """Mean distance between the features of two samples."""
-    half = len(features) // 2
-    return (features[:half] - features[half : 2 * half]).norm(dim=1).mean().item()
+    return Cost(recorded, recording, counter.units / steps / 1000)
 
 
 def train(name: str, seed: int, units: float, folder: Path, threads: int, samples: int) -> None:
@@ -87,8 +105,8 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     if done.is_file():
         return
     config = parse(Config, name, [f"seed={seed}", f"output_dir={folder}"])
-    per_step = units_per_step(config)
-    steps = max(1, round(units / per_step))
+    cost = cost_of(config)
+    steps = cost.steps(units)
     resume = folder.is_dir() and any(folder.glob("checkpoints/**/step_*"))
     if folder.is_dir() and not resume:
         shutil.rmtree(folder)
@@ -105,29 +123,31 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
         f"pathlib.Path({str(folder / 'peak')!r}).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
     )
     subprocess.run([sys.executable, "-c", code, name, *overrides], check=True)
-    cost = {"units_per_step": per_step, "steps": steps, "peak_mb": int((folder / "peak").read_text()) // 1024}
-    done.write_text(json.dumps(cost))
+    peak = int((folder / "peak").read_text()) // 1024
+    done.write_text(json.dumps({"cost": asdict(cost), "steps": steps, "peak_mb": peak}))
 
 
 def read(folder: Path) -> dict[str, Any]:
     """What one finished run reached."""
-    cost = json.loads((folder / "cost.json").read_text())
+    written = json.loads((folder / "cost.json").read_text())
+    cost = Cost(**written.pop("cost"))
     student = json.loads((folder / "evaluation.json").read_text())[-1]
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [(row["step"] * cost["units_per_step"], row["seconds"], row["fd"]) for row in history if "fd" in row]
+    curve = [(cost.units(row["step"]), row["seconds"], row["fd"]) for row in history if "fd" in row]
     return {
         "calls": student["network_calls"],
         "fd": student["distance"]["value"],
         "least_class": min(student["class_shares"]),
+        "diversity": student["diversity"],
         "images_per_second": student["images_per_second"],
         "seconds": history[-1]["seconds"],
         "curve": curve,
-        **cost,
+        **written,
     }
 
 
 def teacher_rows(samples: int) -> list[dict[str, Any]]:
-    """The teacher at every number of steps, and the diversity of its samples."""
+    """The teacher at every number of steps."""
     teacher, evaluator = load_teacher("builtin:digits"), Evaluator("builtin:digits")
 
     def row(steps: int) -> dict[str, Any]:
@@ -135,7 +155,8 @@ def teacher_rows(samples: int) -> list[dict[str, Any]]:
             return sample_ode(teacher.denoiser, SampleNoise(ids, teacher.sample_shape)(), steps)
 
         measured = evaluator.measure(f"teacher {steps}", steps, generate, samples=samples, batch_size=250)
-        return {"steps": steps, "fd": measured.distance.value, "images_per_second": measured.images_per_second}
+        shown = {"diversity": measured.diversity, "images_per_second": measured.images_per_second}
+        return {"steps": steps, "fd": measured.distance.value, **shown}
 
     return [row(steps) for steps in TEACHER_STEPS]
 
@@ -149,14 +170,15 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
     """The table, in Markdown."""
     lines = [
-        "| recipe | calls | FD (mean +- error) | seeds | least class | images/s | minutes | peak MB | steps |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recipe | calls | FD (+- error) | seeds | least class | diversity | images/s | minutes | peak MB | steps |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in sorted(runs.items(), key=lambda item: mean_and_error([r["fd"] for r in item[1]])[0]):
         fd, error = mean_and_error([row["fd"] for row in rows])
         shown = f"{fd:.2f} +- {error:.2f}" if len(rows) > 1 else f"{fd:.2f}"
         lines.append(
             f"| {name} | {rows[0]['calls']} | {shown} | {len(rows)} | {min(r['least_class'] for r in rows):.3f} "
+            f"| {statistics.mean(r['diversity'] for r in rows):.1f} "
             f"| {statistics.mean(r['images_per_second'] for r in rows):.0f} "
             f"| {statistics.mean(r['seconds'] for r in rows) / 60:.1f} | {max(r['peak_mb'] for r in rows)} "
             f"| {rows[0]['steps']} |"

@@ -27,6 +27,8 @@ class Measurement:
     distance: FrechetDistance
     class_shares: tuple[float, ...]
     """Share of the samples that the bundled classifier takes for each digit."""
+    diversity: float
+    """Root mean square distance between the features of two samples, ``sqrt(2 tr Cov)``."""
     images_per_second: float
     """Of the median batch, noise to 8-bit images on the CPU, features excluded: a slow first batch has no say."""
 
@@ -71,5 +73,6 @@ class Evaluator:
             sums.add(self.extractor(images), start)
             digits.append(self.extractor.classify(images).cpu())
         shares = torch.bincount(torch.cat(digits), minlength=10) / samples
+        diversity = (2 * sums.moments().covariance.trace()).sqrt().item()
         distance = frechet_distance(sums, self.reference)
-        return Measurement(label, network_calls, distance, tuple(shares.tolist()), statistics.median(speeds))
+        return Measurement(label, network_calls, distance, tuple(shares.tolist()), diversity, statistics.median(speeds))

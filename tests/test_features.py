@@ -154,6 +154,9 @@ def test_measuring_a_generator_is_measuring_its_images(evaluator, batch_size):
     assert (measured.label, measured.network_calls, measured.distance.n) == ("real", 3, 1000)
     assert measured.distance.value == pytest.approx(expected.value, rel=1e-9)
     assert measured.distance.se == pytest.approx(expected.se, rel=1e-6)
+    features = evaluator.extractor(IMAGES[:1000]).double()
+    pairs = torch.pdist(features).square().mean().sqrt().item()
+    assert measured.diversity == pytest.approx(pairs, rel=1e-6)
     seen = evaluator.extractor.classify(IMAGES[:1000])
     assert measured.class_shares == pytest.approx([(seen == digit).float().mean().item() for digit in range(10)])
 
