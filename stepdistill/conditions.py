@@ -26,6 +26,6 @@ def repeat(cond: Cond, batch_size: int) -> Cond:
     return {key: value.expand(batch_size, *value.shape[1:]) for key, value in cond.items()}
 
 
-def rows(cond: Cond, selected: slice) -> Cond:
+def select(cond: Cond, selected: slice | Tensor) -> Cond:
     """The rows ``selected`` of every tensor."""
     return {key: value[selected] for key, value in cond.items()}

@@ -37,6 +37,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+"""Learning-rate schedules of diffusers."""
+
+
 class Optimizer(Section):
     """One optimizer per trained role."""
 
@@ -46,6 +50,8 @@ class Optimizer(Section):
     """Adam's; SiD uses beta1 = 0, DMD and BOOT 0.9."""
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
+    lr_schedule: Schedule | None = None
+    """In place of ``training.lr_schedule``: a fake network at full rate keeps up with a student that comes to rest."""
 
 
 class Lora(Section):
@@ -70,10 +76,8 @@ class Training(Section):
     """Optimizer of single roles (``fake``, ...) where it differs."""
     lora: dict[str, Lora] = {}
     """Roles (``student``, ``fake``) that are low-rank adapters."""
-    lr_schedule: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant_with_warmup"
-    """Schedule of diffusers, the same for every role."""
+    lr_schedule: Schedule = "constant_with_warmup"
+    """Of every role whose optimizer names none."""
     lr_warmup_steps: NonNegativeInt = 0
     max_grad_norm: PositiveFloat | None = None
     """Global norm that the gradient of a role is clipped to."""
@@ -96,8 +100,14 @@ class Data(Section):
 
     class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | None = None
     """Labels of a class-conditional teacher: uniform over its classes, or uniform over a list (repeats weigh)."""
+    prompts: str | tuple[str, ...] | None = None
+    """Text file with one prompt a line (``""`` is the empty caption), or a list; every one is equally likely."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; null is what the stock pipeline takes."""
+    resolution: PositiveInt | None = None
+    """Height and width of the pictures in pixels; null is the teacher's own."""
     guidance_scale: NonNegativeFloat = 1.0
-    """Classifier-free guidance of the teacher; 1 is none."""
+    """Classifier-free guidance of the teacher, 1 is none; for Flux the scale that the network is told."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance applies."""
     null_label: NonNegativeInt | None = None

@@ -3,63 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .conditions import NO_COND, Cond
+from .conditions import NO_COND, Cond, select
 from .config import Data, RealData
 from .errors import UserError
 from .images import load_images, to_float
 from .methods.base import Batch
+from .prompts import encode, read_prompts
 from .teacher import Teacher
 
 
 @dataclass(frozen=True, eq=False)
 class DataFree:
-    """Draws batches for one teacher; randomness is the device's global generator, seeded once per run."""
+    """Draws batches for one teacher; randomness is the global generators, seeded once per run."""
 
     shape: tuple[int, ...]
     """Shape of one sample, ``(C, H, W)``."""
     device: torch.device
-    labels: Tensor | None = None
-    """``(L,)`` class labels to draw from uniformly; ``None`` for an unconditional teacher."""
+    table: Cond = field(default_factory=dict)
+    """Conditions to draw from uniformly, one row each, on the CPU; empty for an unconditional teacher."""
+    order: Tensor | None = None
+    """``(N,)`` rows of ``table`` in the order given, where some are given more than once."""
+    null: Cond | None = None
+    """The encoded negative prompt, of one row."""
+    prompts: tuple[str, ...] = ()
+    """The prompt of every row."""
     images: Tensor | None = None
     """``(N, C, H, W)`` real images of an adversarial term, in [-1, 1]; ``None`` is data-free."""
 
     def batch(self, size: int) -> Batch:
         """Standard normal noise ``(size, C, H, W)`` and conditions."""
         noise = torch.randn(size, *self.shape, device=self.device)
-        return Batch(
-            noise, {} if self.labels is None else {"class_labels": self._rows(self.labels, size)}, self._real(size)
-        )
+        cond = self._told(torch.randint(self.count, (size,))) if self.table else NO_COND
+        return Batch(noise, cond, self._real(size))
 
     def _real(self, size: int) -> Tensor | None:
-        return None if self.images is None else self._rows(self.images, size)
+        if self.images is None:
+            return None
+        return self.images[torch.randint(len(self.images), (size,), device=self.device)]
 
-    def _rows(self, table: Tensor, size: int) -> Tensor:
-        """``size`` rows of ``table``, each uniformly drawn."""
-        return table[torch.randint(len(table), (size,), device=self.device)]
+    @property
+    def count(self) -> int:
+        """Conditions to draw from, repeats counted."""
+        return len(next(iter(self.table.values()))) if self.order is None else len(self.order)
+
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """Rows of ``table`` of the samples ``ids`` in previews and evaluation: in turn, hence balanced."""
+        return self._ordered(torch.tensor(list(ids)) % self.count)
 
     def cond(self, ids: Sequence[int]) -> Cond:
-        """The conditions of the samples ``ids`` in previews and evaluation: label ``id mod L``, hence balanced."""
-        if self.labels is None:
-            return NO_COND
-        return {"class_labels": self.labels[torch.tensor(list(ids), device=self.device) % len(self.labels)]}
+        """The conditions of the samples ``ids``."""
+        return self._told(torch.tensor(list(ids)) % self.count) if self.table else NO_COND
+
+    def _ordered(self, picks: Tensor) -> Tensor:
+        return picks if self.order is None else self.order[picks]
+
+    def _told(self, picks: Tensor) -> Cond:
+        rows = select(self.table, self._ordered(picks))
+        return {key: value.to(self.device, non_blocking=True) for key, value in rows.items()}
 
 
 def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
-    """The batches that ``data`` asks of ``teacher``; see ``class_labels`` for what is refused."""
-    return draws(teacher.sample_shape, class_labels(teacher.source, teacher.classes, data), device)
+    """The batches that ``data`` asks of ``teacher``; prompts are encoded here, or read where they were.
+
+    Raises:
+        UserError: see ``check_conditions``.
+    """
+    prompts = check_conditions(teacher, data)
+    if prompts is None:
+        labels = class_labels(teacher.source, teacher.classes, data, teacher.family.null_label)
+        return draws(teacher.sample_shape, labels, device)
+    distinct = list(dict.fromkeys(prompts))
+    place = {prompt: row for row, prompt in enumerate(distinct)}
+    table, null = encode(teacher, distinct, data.negative_prompt, device=device)
+    if teacher.embeds_guidance:
+        table, null = (
+            {**cond, "guidance": torch.full((size,), float(data.guidance_scale))}
+            for cond, size in ((table, len(distinct)), (null, 1))
+        )
+    null = {key: value.to(device) for key, value in null.items()}
+    order = torch.tensor([place[prompt] for prompt in prompts])
+    return DataFree(teacher.sample_shape, device, table, order, null, tuple(distinct))
+
+
+def check_conditions(teacher: Teacher, data: Data) -> list[str] | None:
+    """The prompts of ``data``; ``None`` for a teacher that reads none.
+
+    Raises:
+        UserError: prompts or labels that the teacher does not take, or none where it needs them.
+    """
+    if teacher.family.encode is None:
+        if data.prompts is not None or data.negative_prompt is not None:
+            raise UserError(f"{teacher.source} reads no prompts; remove data.prompts and data.negative_prompt")
+        class_labels(teacher.source, teacher.classes, data, teacher.family.null_label)
+        return None
+    if data.class_labels is not None or data.null_label is not None:
+        raise UserError(f"{teacher.source} reads prompts, not class labels; set data.prompts")
+    if data.prompts is None:
+        raise UserError(f"{teacher.source} reads prompts; set data.prompts to a text file with one prompt a line")
+    return read_prompts(data.prompts)
 
 
 def real_images(teacher: Teacher, real_data: RealData) -> Tensor:
     """The images of ``real_data``, ``(N, C, H, W)`` in [-1, 1].
 
     Raises:
-        UserError: they are unreadable, or not of the teacher's size; or the teacher wants labels for them.
+        UserError: they are unreadable, or not of the teacher's size; or the teacher wants labels for them, or makes
+            latents.
     """
+    if teacher.scale > 1:
+        raise UserError("real_data: images of a teacher with a VAE would need encoding; this is not supported")
     images = to_float(load_images(real_data.images))
     if images.shape[1:] != teacher.sample_shape:
         got, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], teacher.sample_shape))
@@ -71,10 +128,10 @@ def real_images(teacher: Teacher, real_data: RealData) -> Tensor:
 
 def draws(shape: tuple[int, ...], labels: list[int] | None, device: torch.device) -> DataFree:
     """Noise of ``shape`` with uniform ``labels``."""
-    return DataFree(shape, device, None if labels is None else torch.tensor(labels, device=device))
+    return DataFree(shape, device, NO_COND if labels is None else {"class_labels": torch.tensor(labels)})
 
 
-def class_labels(source: str, classes: int | None, data: Data) -> list[int] | None:
+def class_labels(source: str, classes: int | None, data: Data, null_label: int | None = None) -> list[int] | None:
     """The labels to draw from for a network with ``classes`` classes; ``None`` for an unconditional one.
 
     Raises:
@@ -87,7 +144,8 @@ def class_labels(source: str, classes: int | None, data: Data) -> list[int] | No
     if data.class_labels is None:
         raise UserError(f"{source} has {classes} classes; set data.class_labels=uniform or a list of labels")
     wanted = range(classes) if data.class_labels == "uniform" else data.class_labels
-    labels = [label for label in wanted if label != data.null_label]
+    null = null_label if data.null_label is None else data.null_label
+    labels = [label for label in wanted if label != null]
     if not labels or max(labels) >= classes or min(labels) < 0:
         raise UserError(f"class labels of {source} must lie in 0..{classes - 1}, got {list(wanted)}")
     return labels

@@ -16,16 +16,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from diffusers import UNet2DModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from .backbones.unet2d import TargetTimeUNet
+from .backbones.two_times import TargetTime
 from .checkpoints import Checkpoints
 from .config import Config, Stage, Training
-from .data import data_free, real_images
+from .data import check_conditions, data_free, real_images
 from .errors import Diverged, UserError
-from .export import plan, single_time
+from .export import single_time
+from .hosting import plan
 from .lora import add_lora, check_lora, merged
 from .outcome import Outcome
 from .preflight import check_evaluation, check_images, check_launch, check_output, check_stages, check_trackers
@@ -61,13 +61,16 @@ class Run:
         """Build every part; nothing is written yet."""
         self.config, self.stages, self.folder = config, config.plan, config.output_dir
         check_trackers(config.training.trackers)
-        self.teacher: Teacher = load_teacher(config.teacher)
+        self.teacher: Teacher = load_teacher(config.teacher, resolution=config.data.resolution)
         guided = self.teacher.guided(config.data)
+        check_conditions(self.teacher, config.data)
         check_stages(self.stages, guided)
         for stage in self.stages:
             _check_roles(stage, self.teacher)
         self.samplers = [stage.method.sampler(guided.process) for stage in self.stages]
-        self.hosted = plan(self.teacher.denoiser, self.samplers[-1], classes=self.teacher.classes)
+        self.hosted = plan(
+            self.teacher.denoiser, self.samplers[-1], classes=self.teacher.classes, family=self.teacher.family
+        )
         check_evaluation(config.evaluate, self.teacher)
         check_images(self.stages, config.real_data)
         images = real_images(self.teacher, config.real_data) if config.real_data else None
@@ -79,11 +82,12 @@ class Run:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
         set_seed(config.seed, device_specific=True)
-        self.data = data_free(self.teacher, config.data, self.accelerator.device)
+        with self.accelerator.main_process_first():  # the others read the prompts that it has encoded
+            self.data = data_free(self.teacher, config.data, self.accelerator.device)
         if images is not None:
             self.data = replace(self.data, images=images.to(self.accelerator.device))
         self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
-        self.taught = self.teacher.guided(config.data)
+        self.taught = self.teacher.guided(config.data, self.data.null)
         self.outcome = Outcome(config, self.teacher, self.taught, self.data)
         self._since: dict[str, list[float]] = {}
         self._seconds, self._resumed = 0.0, time.monotonic()
@@ -118,7 +122,7 @@ class Run:
                 continue
             network = copy.deepcopy(base)
             if role == "student" and self.stage.method.two_times:
-                network = TargetTimeUNet(cast(UNet2DModel, network))
+                network = TargetTime(network)
             networks[role] = network.requires_grad_(True)
         return networks
 

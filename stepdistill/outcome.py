@@ -6,16 +6,20 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .backbones.unet2d import UNET2D
 from .config import Config
 from .data import DataFree
+from .decoder import Decoder
 from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
-from .export import Plan, export
+from .export import Host, empty_parts, export
+from .hosting import Plan
 from .report import card, grid, picture, read_history, table, usage
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .teacher import Teacher
@@ -37,6 +41,7 @@ class Outcome:
     def __init__(self, config: Config, teacher: Teacher, taught: Denoiser, data: DataFree) -> None:
         self.config, self.teacher, self.taught, self.data = config, teacher, taught, data
         self.folder, self.student_folder = config.output_dir, config.output_dir / "student"
+        self.decode = Decoder(teacher)
         self.evaluator = Evaluator(config.evaluate.reference) if config.evaluate else None
 
     def preview(self, step: int, student: Denoiser, sampler: StudentSampler) -> dict[str, float]:
@@ -54,25 +59,45 @@ class Outcome:
 
     def finish(self, student: Denoiser, sampler: StudentSampler, hosted: Plan, metrics: Path) -> None:
         """Export the student, evaluate it against the teacher, and say where everything is."""
-        shape, cond = self.teacher.sample_shape, self.data.cond(range(4))
-        export(student, sampler, hosted, self.student_folder, shape=shape, cond=cond)
+        host = Host(self.teacher, self._call()) if hosted.pipeline is None else None
+        ids, shape = range(2 if host else 4), self.teacher.sample_shape
+        cond = self.data.cond(ids)
+        export(student, sampler, hosted, self.student_folder, shape=shape, cond=cond, host=host)
         self._describe([], hosted.steps, None)
         rows = self._evaluate(student, sampler)
         self._picture(student, sampler, metrics)
         self._describe(rows, hosted.steps, _PICTURE)
         if rows and self.evaluator:
             print(f"\n{table(rows, self.evaluator.extractor.name)}")
-        lines = usage(self.student_folder, hosted.steps)
+        lines = self._usage(self.student_folder, hosted.steps)
         print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{lines}")
+
+    def _usage(self, folder: Path, steps: int) -> str:
+        return usage(folder, steps, self._call(), empty_parts(self.student_folder))
+
+    def _call(self) -> dict[str, Any]:
+        """What a stock call says beside its number of steps, for the samples 0 and 1."""
+        teacher, rows = self.teacher, self.data.rows(range(2)).tolist() if self.data.table else []
+        call: dict[str, Any] = dict(teacher.family.arguments)
+        if self.data.prompts:
+            call = {"prompt": [self.data.prompts[row] for row in rows], **call}
+        elif rows and teacher.family is not UNET2D:
+            call = {"class_labels": self.data.table["class_labels"][rows].tolist(), **call}
+        if teacher.embeds_guidance:
+            call["guidance_scale"] = self.config.data.guidance_scale
+        usual = teacher.family.usual_size
+        if self.config.data.resolution or usual not in (None, teacher.picture_size):
+            call |= {"height": teacher.picture_size, "width": teacher.picture_size}
+        return call
 
     @torch.no_grad()
     def _generate(self, denoiser: Denoiser, ids: range, how: StudentSampler | int) -> Tensor:
-        """The samples ``ids``, as a student generates them or in that many DDIM steps."""
+        """The pictures of the samples ``ids``, as a student makes them or in that many DDIM steps."""
         noise = SampleNoise(ids, self.teacher.sample_shape, device=self.data.device)
         cond = self.data.cond(ids)
         if isinstance(how, int):
-            return sample_ode(denoiser, noise(), how, cond)
-        return how(denoiser, noise(), cond, renoise=noise)
+            return self.decode(sample_ode(denoiser, noise(), how, cond))
+        return self.decode(how(denoiser, noise(), cond, renoise=noise))
 
     def _measure(self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int) -> Measurement:
         assert self.evaluator is not None
@@ -109,5 +134,12 @@ class Outcome:
 
     def _describe(self, rows: list[Measurement], steps: int, picture_name: str | None) -> None:
         metric = self.evaluator.extractor.name if self.evaluator else ""
-        described = card(self.config, rows, metric, steps=steps, picture_name=picture_name)
+        described = card(
+            self.config,
+            rows,
+            metric,
+            use=self._usage(Path("PATH_OR_REPO"), steps),
+            steps=steps,
+            picture_name=picture_name,
+        )
         described.save(self.student_folder / "README.md")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import yaml
@@ -80,12 +82,26 @@ def table(rows: list[Measurement], metric: str) -> str:
     return "\n".join(lines)
 
 
-def usage(folder: Path, steps: int) -> str:
-    """The lines of Python that use an exported student."""
+def usage(folder: Path, steps: int, call: dict[str, Any], without: Iterable[str] = ()) -> str:
+    """The lines of Python that use an exported student.
+
+    Args:
+        folder: path or hub id of the student.
+        steps: its network calls.
+        call: what a call says beside them; of lists, one entry.
+        without: components that loading must be told to do without.
+    """
+    source = ", ".join([f'"{folder.as_posix()}"', *(f"{name}=None" for name in without)])
+    said = {"num_inference_steps": steps, **{key: value for key, value in call.items() if key != "prompt"}}
+    if isinstance(said.get("class_labels"), list):
+        said["class_labels"] = said["class_labels"][:1]
+    words = [repr(prompt) for prompt in call.get("prompt", [])[:1]] + [
+        f"{key}={value!r}" for key, value in said.items()
+    ]
     return (
         "from diffusers import DiffusionPipeline\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}")\n'
-        f"image = pipe(num_inference_steps={steps}).images[0]\n"
+        f"pipe = DiffusionPipeline.from_pretrained({source})\n"
+        f"image = pipe({', '.join(words)}).images[0]\n"
         'image.save("sample.png")'
     )
 
@@ -96,12 +112,20 @@ def read_history(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def card(config: Config, rows: list[Measurement], metric: str, *, steps: int, picture_name: str | None) -> ModelCard:
-    """The model card of a student: what it is, how to run it, how it was made, what it reaches."""
+def card(
+    config: Config,
+    rows: list[Measurement],
+    metric: str,
+    *,
+    use: str,
+    steps: int,
+    picture_name: str | None,
+) -> ModelCard:
+    """The model card of a student: what it is, the lines that ``use`` it, how it was made, its numbers."""
     hub_id = config.teacher if not Path(config.teacher).exists() and ":" not in config.teacher else None
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if config.data.prompts else "unconditional-image-generation",
         tags=[
             "stepdistill",
             *(f"stepdistill-{stage.method.name}" for stage in config.plan),
@@ -121,7 +145,7 @@ def card(config: Config, rows: list[Measurement], metric: str, *, steps: int, pi
         f"Distilled without images by [stepdistill](https://pypi.org/project/stepdistill) {__version__} with "
         f"{config.methods_used} ({papers}).\n\n"
         f"{shown}"
-        f"## Use\n\n```python\n{usage(Path('PATH_OR_REPO'), steps)}\n```\n\n"
+        f"## Use\n\n```python\n{use}\n```\n\n"
         f"## Numbers\n\n{numbers}\n"
         f"## Recipe\n\n`stepdistill distill --config recipe.yaml` with\n\n```yaml\n{recipe}```\n"
     )

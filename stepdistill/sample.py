@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .backbones import unet2d
+from .backbones.family import square
 from .conditions import Cond
 from .config import Data
 from .data import DataFree, class_labels, data_free, draws
@@ -196,7 +197,7 @@ def _hybrid(
 
 def _draws(source: str, unet: UNet2DModel, labels: tuple[int, ...] | None, device: torch.device) -> DataFree:
     classes = unet.config["num_class_embeds"]
-    return draws(unet2d.sample_shape(unet), class_labels(source, classes, _asked(labels, classes)), device)
+    return draws(square(unet.config), class_labels(source, classes, _asked(labels, classes)), device)
 
 
 def _exported(source: str, device: torch.device) -> tuple[Any, StudentSampler, float]:

@@ -6,25 +6,27 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DModel
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 
-from .backbones import unet2d
+from .backbones import FAMILIES, Family
 from .bundled import BUILTIN, bundled
+from .conditions import Cond
 from .config import Data
 from .denoiser import Denoiser, Guidance
 from .errors import UserError
 from .process import VP
 from .schedulers import SUPPORTED, read_scheduler
 
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
 """Pipeline classes that can be distilled."""
 
-_COMPONENTS = ("unet", "scheduler")
+_OTHER_FORMATS = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.non_ema.*"]
+"""Files of a hub repository that repeat the weights; none of them is downloaded."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,22 @@ class Teacher:
 
     source: str
     """Folder or hub id as the user gave it."""
+    folder: Path
+    """Where its files are."""
+    family: Family
     denoiser: Denoiser
-    network: UNet2DModel
+    network: Any
     sample_shape: tuple[int, ...]
-    """``(C, H, W)`` of one sample."""
+    """``(C, H, W)`` of one sample: latents where there is a VAE."""
+    scale: int
+    """Pixels of a picture per pixel of a sample, along each side."""
     classes: int | None
-    """Number of class labels; ``None`` for an unconditional network."""
+    """Number of class labels; ``None`` for a network without."""
+
+    @property
+    def picture_size(self) -> int:
+        """Height in pixels of a picture."""
+        return self.sample_shape[-1] * self.scale
 
     @property
     def picture_steps(self) -> int:
@@ -46,17 +58,35 @@ class Teacher:
         process = self.denoiser.process
         return min(50, len(process.alphas_cumprod)) if isinstance(process, VP) else 50
 
-    def guided(self, data: Data) -> Denoiser:
-        """The denoiser with the guidance that ``data`` asks for."""
-        if data.guidance_scale == 1.0 and data.null_label is None:
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is told a guidance scale, instead of being called twice."""
+        return self.family.embeds_guidance(self.network.config)
+
+    def guided(self, data: Data, null: Cond | None = None) -> Denoiser:
+        """The denoiser with the guidance that ``data`` asks for.
+
+        Args:
+            data: scale, interval and null label.
+            null: the encoded negative prompt, of one row, where the network reads prompts.
+        """
+        if self.embeds_guidance:
             return self.denoiser
-        if self.classes is None or data.null_label is None or data.null_label >= self.classes:
+        null_label = self.family.null_label if data.null_label is None else data.null_label
+        if self.family.encode is not None:
+            uncond = null or {}
+        elif self.classes is not None and null_label is not None:
+            uncond = {"class_labels": torch.tensor([null_label], device=self.network.device)}
+        else:
+            uncond = None
+        if data.guidance_scale == 1.0 and (data.null_label is None or uncond is None):
+            return self.denoiser
+        if uncond is None or (data.null_label is not None and data.null_label >= (self.classes or 0)):
             raise UserError(
                 f"data.guidance_scale={data.guidance_scale} needs a class-conditional teacher and data.null_label, "
                 f"the label that means 'no class'; {self.source} has "
                 + (f"labels 0..{self.classes - 1}, null_label={data.null_label}" if self.classes else "no classes")
             )
-        uncond = {"class_labels": torch.tensor([data.null_label], device=self.network.device)}
         try:
             guidance = Guidance(data.guidance_scale, uncond, data.guidance_interval)
         except ValueError as error:
@@ -64,37 +94,78 @@ class Teacher:
         return replace(self.denoiser, guidance=guidance)
 
 
-def load_teacher(source: str) -> Teacher:
-    """Load a frozen teacher in float32 on the CPU.
+def load_teacher(source: str, *, resolution: int | None = None) -> Teacher:
+    """Load a frozen teacher in float32 on the CPU; its text encoders and VAE stay on disk.
 
     Args:
-        source: a pipeline folder, a hub id, or ``builtin:digits``.
+        source: a pipeline folder, a hub id, or a bundled teacher such as ``builtin:digits``.
+        resolution: height and width of its pictures in pixels; the pipeline's own by default.
 
     Raises:
         UserError: nothing there, or a pipeline, network or scheduler that is not supported; raised from the
             settings files, before weights are downloaded or read.
     """
     folder = _locate(source)
-    index = _index(folder / "model_index.json", source)
-    unet_config = _json(folder / "unet" / "config.json", source)
-    _check_unet(unet_config, source)
+    index, family = read_index(folder / "model_index.json", source)
+    config = _config(folder, family, source)
+    if reason := family.refuse(config):
+        raise UserError(f"{source}: {reason}")
+    scale = _pixels(folder, index, source)
+    shape = _shape(family, config, resolution, scale)
     _json(folder / "scheduler" / "scheduler_config.json", source)
-    reading = read_scheduler(getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler"))
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    reading = read_scheduler(scheduler, tokens=family.tokens(config, shape))
+    folder = _whole(source, folder, index)
     try:
-        network = UNet2DModel.from_pretrained(folder / "unet").eval().requires_grad_(False)
+        network = family.network.from_pretrained(folder / family.component).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot read the weights in unet/: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source}: cannot read the weights in {family.component}/: {reason}") from None
     return Teacher(
         source=source,
-        denoiser=Denoiser(network, **reading, call=unet2d.call, bottleneck=unet2d.bottleneck),
+        folder=folder,
+        family=family,
+        denoiser=Denoiser(network, **reading, call=family.call, bottleneck=family.bottleneck),
         network=network,
-        sample_shape=unet2d.sample_shape(network),
-        classes=network.config["num_class_embeds"],
+        sample_shape=shape,
+        scale=scale,
+        classes=family.classes(config),
     )
 
 
+def _config(folder: Path, family: Family, source: str) -> dict[str, Any]:
+    """The network's settings with every default, read without its weights."""
+    written = _json(folder / family.component / "config.json", source)
+    try:
+        with torch.device("meta"):
+            return dict(family.network.from_config(written).config)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(f"{source}: cannot read {family.component}/config.json: {str(error).splitlines()[0]}") from None
+
+
+def _pixels(folder: Path, index: dict[str, Any], source: str) -> int:
+    """Pixels of a picture per pixel of a sample."""
+    if index.get("vae", [None, None])[1] is None:
+        return 1
+    config = _json(folder / "vae" / "config.json", source)
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if levels is None:
+        raise UserError(f"{source}: vae/config.json names no block_out_channels; this VAE is not supported")
+    return 2 ** (len(levels) - 1)
+
+
+def _shape(family: Family, config: dict[str, Any], resolution: int | None, scale: int) -> tuple[int, int, int]:
+    """``(C, H, W)`` of one sample."""
+    channels, height, width = family.shape(config)
+    if resolution is None:
+        return channels, height, width
+    if resolution % scale:
+        raise UserError(f"data.resolution={resolution} must be a multiple of {scale} for this teacher")
+    return channels, resolution // scale, resolution // scale
+
+
 def _locate(source: str) -> Path:
-    """The local folder of ``source``, its settings checked; only a supported pipeline's weights are downloaded."""
+    """The local folder of ``source``; of a hub repository only its settings."""
     if source.startswith(BUILTIN):
         folder = bundled("assets") / f"{source.removeprefix(BUILTIN)}_teacher"
         if not folder.is_dir():
@@ -104,54 +175,64 @@ def _locate(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+    if not _is_hub_id(source):
         raise UserError(f"teacher folder {source!r} does not exist")
     try:
-        _index(Path(hf_hub_download(source, "model_index.json")), source)
-        return Path(snapshot_download(source, allow_patterns=["model_index.json", *(f"{c}/*" for c in _COMPONENTS)]))
+        read_index(Path(hf_hub_download(source, "model_index.json")), source)
+        return Path(snapshot_download(source, allow_patterns=["*.json"]))
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"teacher {source!r} is no folder here, and the hub did not give it: {reason}") from None
+        raise _unreachable(source, error) from None
+
+
+def _whole(source: str, folder: Path, index: dict[str, Any]) -> Path:
+    """``folder`` with the weights of every component; they are downloaded where ``source`` is a hub id."""
+    if source.startswith(BUILTIN) or Path(source).expanduser().is_dir():
+        return folder
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[1] is not None]
+    patterns = ["model_index.json", *(f"{name}/*" for name in parts)]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS))
+    except (OSError, ValueError) as error:
+        raise _unreachable(source, error) from None
+
+
+def _is_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+
+
+def _unreachable(source: str, error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(f"teacher {source!r} is no folder here, and the hub did not give it: {reason}")
 
 
 def _bundled_teachers() -> list[Path]:
     return sorted(bundled("assets").glob("*_teacher"))
 
 
-def _index(path: Path, source: str) -> dict[str, list[str]]:
-    """``model_index.json``, refused unless pipeline, network and scheduler are supported."""
+def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
+    """``model_index.json`` and its family, refused unless pipeline, network and scheduler are supported."""
     if not path.is_file():
         raise UserError(f"{source} is not a diffusers pipeline: it has no model_index.json")
     index = _json(path, source)
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    family = next((family for family in FAMILIES if name in family.pipelines), None)
+    if family is None:
         raise UserError(f"pipeline {name} of {source} is not supported yet; supported are {', '.join(PIPELINES)}")
-    network, scheduler = (index.get(component, [None, None])[1] for component in _COMPONENTS)
-    if network != "UNet2DModel":
-        raise UserError(f"network {network} of {source} is not supported yet; supported is UNet2DModel")
+    network, scheduler = (index.get(part, [None, None])[1] for part in (family.component, "scheduler"))
+    if network != family.network.__name__:
+        raise UserError(
+            f"network {network} of {source} is not supported yet; supported is {family.network.__name__} in {name}"
+        )
     known = sorted(kind.__name__ for kind in SUPPORTED)
     if scheduler not in known:
         raise UserError(f"scheduler {scheduler} of {source} is not supported; supported are {', '.join(known)}")
-    return index
+    return index, family
 
 
-def _json(path: Path, source: str) -> dict:
+def _json(path: Path, source: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot read {path.parent.name}/{path.name}: {error}") from None
-
-
-def _check_unet(config: dict, source: str) -> None:
-    channels = config.get("in_channels"), config.get("out_channels")
-    if channels[0] is None or channels[0] != channels[1]:
-        raise UserError(
-            f"{source}: the UNet maps {channels[0]} to {channels[1]} channels; networks that "
-            "also predict a variance are not supported"
-        )
-    if config.get("time_embedding_type", "positional") != "positional" or config.get("class_embed_type"):
-        raise UserError(f"{source}: only UNet2DModel with positional time and plain class embeddings is supported")
-    if config.get("sample_size") is None:
-        raise UserError(f"{source}: unet/config.json has no sample_size, so the size of a sample is unknown")

@@ -76,9 +76,10 @@ class Trainer:
         for role, network in networks.items():
             network.eval().to(accelerator.device)
             twin = _frozen_twin(network)
-            optimizer = _optimizer(training.role_optimizers.get(role, training.optimizer), network)
+            settings = training.role_optimizers.get(role, training.optimizer)
+            optimizer, name = _optimizer(settings, network), settings.lr_schedule or training.lr_schedule
             schedule = get_scheduler(
-                training.lr_schedule, optimizer, num_warmup_steps=training.lr_warmup_steps, num_training_steps=steps
+                name, optimizer, num_warmup_steps=training.lr_warmup_steps, num_training_steps=steps
             )
             self.learners[role], self.optimizers[role] = accelerator.prepare(network, optimizer)
             self.frozen[role] = replace(bare, network=twin)

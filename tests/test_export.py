@@ -11,10 +11,11 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from stepdistill.backbones import unet2d
+from stepdistill.backbones import two_times, unet2d
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
-from stepdistill.export import export, export_error, one_step_map, plan
+from stepdistill.export import export, export_error
+from stepdistill.hosting import one_step_map, plan
 from stepdistill.methods import BOOT, SiD
 from stepdistill.process import VE, VP, Flow, Trig
 from stepdistill.samplers import SampleNoise, StudentSampler
@@ -61,7 +62,7 @@ def test_exported_sid_student_is_its_sampler_for_every_process_and_target(proces
 )
 def test_exported_boot_student_is_its_sampler_with_the_target_time_folded(process, target, t_max, tmp_path):
     denoiser = student(process, target)
-    network = unet2d.TargetTimeUNet(cast(UNet2DModel, denoiser.network))
+    network = two_times.TargetTime(cast(UNet2DModel, denoiser.network))
     torch.nn.init.normal_(network.target_embedding.linear_2.weight, std=0.3)
     denoiser = Denoiser(network.eval(), process, target, unet2d.call)
     sampler = BOOT(t_max=t_max).sampler(process)

@@ -19,7 +19,8 @@ from torch import nn
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
-from stepdistill.export import DESCRIPTION, export, export_error, plan
+from stepdistill.export import DESCRIPTION, export, export_error
+from stepdistill.hosting import plan
 from stepdistill.methods import DMD, Batch, SiD
 from stepdistill.methods._shared import few_step_times, time_at_ratio
 from stepdistill.process import VE, VP, Flow, Trig

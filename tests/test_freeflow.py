@@ -13,10 +13,11 @@ from oracles import PROCESSES, SIGMA_DATA, TARGETS, Mixture, call, flow_map, gau
 from test_learning import MLP, distilled_onto, learn, ring, sliced_w1
 from torch import Tensor, nn
 
-from stepdistill.backbones import unet2d
+from stepdistill.backbones import two_times, unet2d
 from stepdistill.conditions import Cond
 from stepdistill.denoiser import Denoiser, Target
-from stepdistill.export import export, export_error, plan
+from stepdistill.export import export, export_error
+from stepdistill.hosting import plan
 from stepdistill.methods import Batch, FreeFlow, Loss
 from stepdistill.methods._shared import UniformTimes
 from stepdistill.methods.freeflow import FLOW, correction, descent, velocity
@@ -461,9 +462,9 @@ SCALED = VP(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="sca
 SHAPE = (1, 8, 8)
 
 
-def two_time_unet(spread: float) -> unet2d.TargetTimeUNet:
+def two_time_unet(spread: float) -> two_times.TargetTime:
     """A tiny network with attention whose last new layer has weights of ``spread``."""
-    network = unet2d.TargetTimeUNet(cast(UNet2DModel, tiny_unet(seed=3)))
+    network = two_times.TargetTime(cast(UNet2DModel, tiny_unet(seed=3)))
     torch.nn.init.normal_(network.target_embedding.linear_2.weight, std=spread)
     return network.eval()
 

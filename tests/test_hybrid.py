@@ -22,7 +22,8 @@ from torch import nn
 from stepdistill.__main__ import main
 from stepdistill.backbones import unet2d
 from stepdistill.denoiser import Denoiser, Guidance
-from stepdistill.export import export, plan
+from stepdistill.export import export
+from stepdistill.hosting import plan
 from stepdistill.hybrid import HybridSampler, trace_ode, trace_x0
 from stepdistill.methods._shared import few_step_times
 from stepdistill.process import VE, VP, Flow, Trig

@@ -16,11 +16,12 @@ from test_export import SCALED, SHAPE
 from torch import nn
 
 from stepdistill.backbones import unet2d
-from stepdistill.backbones.unet2d import TargetTimeUNet
+from stepdistill.backbones.two_times import TargetTime
 from stepdistill.config import Lora, Optimizer, Training
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
-from stepdistill.export import export, export_error, plan
+from stepdistill.export import export, export_error
+from stepdistill.hosting import plan
 from stepdistill.lora import add_lora, check_lora, merged, plain_weights
 from stepdistill.methods import AnyMethod, Batch, DisBack, Method, SiD, SwiftBrush
 from stepdistill.methods._score import ScoreDistillation
@@ -341,7 +342,7 @@ def test_a_step_of_every_method_moves_its_learners_only(kind):
 def trainer_of(method: Method, teacher: Denoiser) -> Trainer:
     networks = {role: copy.deepcopy(teacher.network) for role in ("student", *method.roles)}
     if method.two_times:
-        networks["student"] = TargetTimeUNet(tiny_unet())
+        networks["student"] = TargetTime(tiny_unet())
     torch.manual_seed(0)
     return Trainer(
         method,

@@ -22,6 +22,7 @@ from torch import nn
 
 from stepdistill.denoiser import Denoiser, Target
 from stepdistill.errors import UserError
+from stepdistill.process import Flow
 from stepdistill.samplers import teacher_grid
 from stepdistill.schedulers import EDM, SUPPORTED, TABLE, read_scheduler
 
@@ -195,13 +196,23 @@ def test_an_unsupported_scheduler_is_refused_with_the_list(kind):
     assert all(name in str(refusal.value) for name in [kind.__name__, *(known.__name__ for known in SUPPORTED)])
 
 
+def test_a_solver_told_to_follow_a_flow_is_one():
+    """Sana's own scheduler."""
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    reading = read_scheduler(scheduler)
+    assert (reading["native"], reading["target"]) == (Flow(3.0, label_scale=1000), "flow")
+    scheduler.set_timesteps(4)
+    sigmas = reading["native"].sigma(reading["native"].time_of_label(scheduler.timesteps.double()))
+    torch.testing.assert_close(sigmas, scheduler.sigmas[:-1].double(), atol=2e-3, rtol=0)  # timesteps are whole
+
+
 @pytest.mark.parametrize(
     ("scheduler", "names"),
     [
         (LCMScheduler(prediction_type="original"), "prediction_type"),
         (EDMDPMSolverMultistepScheduler(prediction_type="sample"), "prediction_type"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas"),
-        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "prediction_type"),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "prediction_type"),
         (EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous"), "timestep_type"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),

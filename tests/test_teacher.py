@@ -69,8 +69,8 @@ def test_bad_teachers_are_refused_with_what_is_supported(teachers, tmp_path):
         load_teacher(str(tmp_path))
     with pytest.raises(UserError, match="no bundled teacher"):
         load_teacher("builtin:nothing")
-    with pytest.raises(UserError, match=r"pipeline FluxPipeline .* not supported yet; supported are DDPMPipeline"):
-        load_teacher(broken(good, tmp_path / "a", "model_index.json", _class_name="FluxPipeline"))
+    with pytest.raises(UserError, match=r"pipeline AuraFlowPipeline .* not supported yet; supported are DDPMPipeline"):
+        load_teacher(broken(good, tmp_path / "a", "model_index.json", _class_name="AuraFlowPipeline"))
     scheduler = ["diffusers", "UnCLIPScheduler"]
     with pytest.raises(UserError, match=r"scheduler UnCLIPScheduler .* not supported; supported are .*DDIMScheduler"):
         load_teacher(broken(good, tmp_path / "b", "model_index.json", scheduler=scheduler))
@@ -96,7 +96,7 @@ def test_hub_id_that_the_hub_does_not_give_is_said_so():
 
 
 def test_refusal_comes_before_the_weights_are_read(teachers, tmp_path):
-    folder = broken(teachers("ddpm"), tmp_path / "f", "model_index.json", _class_name="FluxPipeline")
+    folder = broken(teachers("ddpm"), tmp_path / "f", "model_index.json", _class_name="AuraFlowPipeline")
     (tmp_path / "f/unet/diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match="not supported yet"):
         load_teacher(folder)

@@ -12,7 +12,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.backbones import unet2d
+from stepdistill.backbones import two_times, unet2d
 from stepdistill.config import Optimizer, Training
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods import BOOT, Batch, Loss, Method, SiD, Turn
@@ -29,7 +29,7 @@ def build(method, *, seed=0, steps=10, watch=lambda step, log: None, network=tin
     teacher = Denoiser(network(), PROCESS, "eps", unet2d.call)
     networks = {role: copy.deepcopy(teacher.network) for role in ("student", *method.roles)}
     if method.two_times:
-        networks["student"] = unet2d.TargetTimeUNet(network())
+        networks["student"] = two_times.TargetTime(network())
     torch.manual_seed(seed)
     return Trainer(
         method,
@@ -263,6 +263,14 @@ def test_learning_rate_counts_steps_and_not_updates():
     for _ in range(2):
         trainer.step()
     assert [trainer.schedules[role].get_last_lr()[0] for role in ("fake", "student")] == pytest.approx([5e-4, 5e-4])
+
+
+def test_a_role_may_have_a_schedule_of_its_own():
+    fake = Optimizer(lr=1e-3, lr_schedule="constant")
+    trainer = build(SiD(), lr_schedule="linear", steps=4, role_optimizers={"fake": fake})
+    for _ in range(2):
+        trainer.step()
+    assert [trainer.schedules[role].get_last_lr()[0] for role in ("fake", "student")] == pytest.approx([1e-3, 5e-4])
 
 
 def test_every_micro_batch_and_repeated_turn_is_watched():

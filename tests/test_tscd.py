@@ -17,7 +17,8 @@ from torch import nn
 
 from stepdistill.backbones import unet2d
 from stepdistill.denoiser import Denoiser
-from stepdistill.export import export, export_error, plan
+from stepdistill.export import export, export_error
+from stepdistill.hosting import plan
 from stepdistill.methods import TSCD, Batch
 from stepdistill.methods.tscd import Grid, solver_grid
 from stepdistill.process import VE, VP, Flow, Trig

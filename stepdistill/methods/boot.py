@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..conditions import Cond, concatenate, rows
+from ..conditions import Cond, concatenate, select
 from ..denoiser import Denoiser
 from ..process import InputScale, NoiseProcess, broadcast
 from ..samplers import StudentSampler
@@ -118,7 +118,7 @@ class BOOT(Method):
 
         def signal(at: Tensor, selected: slice = slice(None)) -> tuple[Tensor, Tensor, Cond]:
             label = {"target_label": student.process.label(at)}
-            return x_start[selected], start[selected], {**rows(cond, selected), **label}
+            return x_start[selected], start[selected], {**select(cond, selected), **label}
 
         t = self.t_min + self.delta + (start - self.t_min - self.delta) * torch.rand_like(start)
         s = t - self.delta
@@ -127,8 +127,8 @@ class BOOT(Method):
         with torch.no_grad():
             y_t = student(*signal(t)).x0
             target = signal_step(teacher, y_t, noise, t, s, cond, self.solver)
-            first = teacher(x_start[edge], start[edge], rows(cond, edge)).x0
-            edge_target = signal_step(teacher, first, noise[edge], start[edge], t_edge, rows(cond, edge), self.solver)
+            first = teacher(x_start[edge], start[edge], select(cond, edge)).x0
+            edge_target = signal_step(teacher, first, noise[edge], start[edge], t_edge, select(cond, edge), self.solver)
 
         (x, label, told), (x_edge, label_edge, told_edge) = signal(s), signal(t_edge, edge)
         y = student(torch.cat([x, x_edge]), torch.cat([label, label_edge]), concatenate(told, told_edge)).x0

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..conditions import Cond, concatenate, rows
+from ..conditions import Cond, concatenate, select
 from ..denoiser import Denoiser, Prediction
 from ..process import Flow, InputScale, NoiseProcess, broadcast
 from ..samplers import StudentSampler
@@ -154,11 +154,11 @@ class FreeFlow(Method):
         told = self.told(nets["student"], noise, torch.cat([s, s.new_full((len(noise) - count,), end)]), cond)
         mean_velocity = velocity(told)
         first, second = slice(count), slice(count, None)
-        residual = self.residual(nets, noise[first], told.x0[first], told.eps[first], s, rows(cond, first))
+        residual = self.residual(nets, noise[first], told.x0[first], told.eps[first], s, select(cond, first))
         size = pixel_mean(residual.square())
         prediction = residual * broadcast((size + self.eps) ** -self.decay, residual)
         x0 = told.x0[second]
-        gap = correction(nets, x0, start * self.times.draw(FLOW, x0), rows(cond, second))
+        gap = correction(nets, x0, start * self.times.draw(FLOW, x0), select(cond, second))
         scale = self.correction_ratio * norm(prediction) / (norm(gap) + self.eps)
 
         loss = descent(mean_velocity[first], prediction) + descent(mean_velocity[second], scale * gap)

@@ -1,0 +1,79 @@
+"""What differs between the network families of diffusers: how each is conditioned, called, shaped and hosted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..conditions import Cond
+from ..denoiser import Call
+
+Config = Mapping[str, Any]
+"""The ``config.json`` of a network."""
+
+Encode = Callable[[Any, Sequence[str], Config, int], Cond]
+"""``(pipeline without its network, prompts, network config, picture size in pixels) -> one row per prompt``."""
+
+Null = Callable[[Any, str | None, Config, int], Cond]
+"""The same for one negative prompt; ``None`` is what the stock pipeline takes when it is given none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of stock pipelines round one class of network."""
+
+    pipelines: tuple[str, ...]
+    """Names of the pipeline classes."""
+    component: Literal["unet", "transformer"]
+    """The network's place in the pipeline."""
+    network: type[Any]
+    """Its class."""
+    call: Call
+    shape: Callable[[Config], tuple[int, int, int]]
+    """``(C, H, W)`` of one sample by default: latents where there is a VAE."""
+    output: str
+    """Name of the last, linear layer: scaling its parameters scales the output."""
+    encode: Encode | None = None
+    """Reads prompts; ``None`` for a family without text."""
+    null: Null | None = None
+    tokens: Callable[[Config, tuple[int, int, int]], int] = lambda config, shape: (
+        shape[1] * shape[2] // config.get("patch_size", 1) ** 2
+    )
+    """Length of the image sequence of a sample, by which flow schedulers may shift."""
+    classes: Callable[[Config], int | None] = lambda config: None
+    """Number of class labels."""
+    null_label: int | None = None
+    """The label that means "no class", where the family fixes it."""
+    bottleneck: Callable[[nn.Module], nn.Module] | None = None
+    """Finds the innermost layer, where there is one."""
+    embeds_guidance: Callable[[Config], bool] = lambda config: False
+    """Whether the network is told a guidance scale, instead of being called twice."""
+    refuse: Callable[[Config], str | None] = lambda config: None
+    """Why a network of this class cannot be distilled; ``None`` if it can."""
+    hosted: Callable[[Any], Any] = lambda network: network
+    """The network as its stock pipeline runs it without guiding of its own."""
+    usual_size: int | None = None
+    """Height in pixels that a stock call makes by default; ``None`` where it follows the network."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What a call of the stock pipeline must say so that it does not guide of its own."""
+
+
+def square(config: Config) -> tuple[int, int, int]:
+    """``(C, H, W)`` of a network whose config has ``in_channels`` and ``sample_size``."""
+    size = config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
+
+
+def rows(**tensors: torch.Tensor) -> Cond:
+    """A condition on the CPU, in float32 where it is not whole numbers."""
+    return {k: (v.float() if v.is_floating_point() else v).detach().cpu() for k, v in tensors.items()}
+
+
+def target(cond: Cond) -> dict[str, torch.Tensor]:
+    """The keyword of a network that is told a target time, where ``cond`` has one."""
+    return {"target_label": cond["target_label"]} if "target_label" in cond else {}

@@ -1,0 +1,77 @@
+"""``FluxTransformer2DModel``: Flux.1, whose network may be told the guidance scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from ..conditions import Cond
+from .family import Config, Family, rows, target
+
+
+def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+    """``(B, C, h, w)`` velocity at latents ``x`` and labels ``(B,)`` in [0, 1000]; ``guidance (B,)`` where it is told.
+
+    The network reads patches of 2x2 latents as tokens.
+    """
+    height, width, text = x.shape[2] // 2, x.shape[3] // 2, cond["encoder_hidden_states"]
+    output = network(
+        hidden_states=packed(x),
+        timestep=label.float() / 1000,
+        guidance=cond.get("guidance"),
+        pooled_projections=cond["pooled_projections"],
+        encoder_hidden_states=text,
+        txt_ids=x.new_zeros(text.shape[1], 3),
+        img_ids=_places(height, width, x),
+        return_dict=False,
+        **target(cond),
+    )[0]
+    return unpacked(output, height, width)
+
+
+def packed(x: Tensor) -> Tensor:
+    """``(B, C, 2h, 2w)`` latents as ``(B, h w, 4 C)`` tokens, row by row."""
+    b, c, height, width = x.shape
+    x = x.view(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(b, height * width // 4, c * 4)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """``(B, h w, 4 C)`` tokens as ``(B, C, 2h, 2w)`` latents."""
+    x = tokens.view(len(tokens), height, width, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(len(tokens), -1, 2 * height, 2 * width)
+
+
+def _places(height: int, width: int, like: Tensor) -> Tensor:
+    """``(h w, 3)``: zero, row and column of every token."""
+    row, column = torch.meshgrid(
+        torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij"
+    )
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).view(-1, 3).to(like.dtype)
+
+
+def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
+    embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, pipeline.text_encoder.device)
+    return rows(encoder_hidden_states=embeds, pooled_projections=pooled)
+
+
+def _null(pipeline: Any, negative: str | None, config: Config, size: int) -> Cond:  # noqa: ANN401
+    return _encode(pipeline, [negative or ""], config, size)
+
+
+FLUX = Family(
+    pipelines=("FluxPipeline",),
+    component="transformer",
+    network=FluxTransformer2DModel,
+    call=call,
+    shape=lambda config: (config["in_channels"] // 4, 128, 128),
+    tokens=lambda config, shape: shape[1] * shape[2] // 4,
+    output="proj_out",
+    encode=_encode,
+    null=_null,
+    embeds_guidance=lambda config: config["guidance_embeds"],
+)

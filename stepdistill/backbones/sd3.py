@@ -1,0 +1,48 @@
+"""``SD3Transformer2DModel``: Stable Diffusion 3 and 3.5, with or without the T5 encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from ..conditions import Cond
+from .family import Config, Family, rows, square, target
+
+
+def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+    """``(B, 16, h, w)`` velocity at latents ``x`` and labels ``(B,)`` in [0, 1000]."""
+    return network(
+        hidden_states=x,
+        timestep=label.float(),
+        encoder_hidden_states=cond["encoder_hidden_states"],
+        pooled_projections=cond["pooled_projections"],
+        return_dict=False,
+        **target(cond),
+    )[0]
+
+
+def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        list(prompts), None, None, pipeline.text_encoder.device, do_classifier_free_guidance=False
+    )
+    return rows(encoder_hidden_states=embeds, pooled_projections=pooled)
+
+
+def _null(pipeline: Any, negative: str | None, config: Config, size: int) -> Cond:  # noqa: ANN401
+    return _encode(pipeline, [negative or ""], config, size)
+
+
+SD3 = Family(
+    pipelines=("StableDiffusion3Pipeline",),
+    component="transformer",
+    network=SD3Transformer2DModel,
+    call=call,
+    shape=square,
+    output="proj_out",
+    encode=_encode,
+    null=_null,
+    arguments={"guidance_scale": 1.0},
+)

@@ -1,0 +1,105 @@
+"""``UNet2DConditionModel``: Stable Diffusion 1.x, 2.x and XL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..conditions import Cond
+from .family import Config, Family, rows, square, target
+from .unet2d import bottleneck
+
+_ADDED = ("text_embeds", "time_ids")
+
+
+def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+    """``(B, 4, h, w)`` output at latents ``x`` and labels ``(B,)`` for ``encoder_hidden_states (B, L, D)``.
+
+    SDXL adds the pooled ``text_embeds (B, P)`` and the sizes ``time_ids (B, 6)``.
+    """
+    added = {key: cond[key] for key in _ADDED if key in cond}
+    text = cond["encoder_hidden_states"]
+    return network(x, label.float(), text, added_cond_kwargs=added or None, return_dict=False, **target(cond))[0]
+
+
+def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
+    embeds, _ = pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)
+    return rows(encoder_hidden_states=embeds)
+
+
+def _null(pipeline: Any, negative: str | None, config: Config, size: int) -> Cond:  # noqa: ANN401
+    return _encode(pipeline, [negative or ""], config, size)
+
+
+def _encode_xl(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
+    embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, pipeline.text_encoder.device, 1, False)
+    return rows(encoder_hidden_states=embeds, text_embeds=pooled, time_ids=_sizes(size, len(embeds)))
+
+
+def _null_xl(pipeline: Any, negative: str | None, config: Config, size: int) -> Cond:  # noqa: ANN401
+    """Without a negative prompt SDXL takes zeros (``force_zeros_for_empty_prompt``)."""
+    _, embeds, _, pooled = pipeline.encode_prompt("", None, pipeline.text_encoder.device, 1, True, negative)
+    return rows(encoder_hidden_states=embeds, text_embeds=pooled, time_ids=_sizes(size, 1))
+
+
+def _sizes(size: int, count: int) -> Tensor:
+    """Original size, crop and target size, as the pipeline has them by default."""
+    return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32).expand(count, -1)
+
+
+def _refuse(config: Config) -> str | None:
+    if config["in_channels"] != config["out_channels"]:
+        return f"the UNet maps {config['in_channels']} to {config['out_channels']} channels (inpainting, upscaling)"
+    if config.get("addition_embed_type") not in (None, "text_time"):
+        return f"addition_embed_type={config['addition_embed_type']!r}"
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        return "the UNet takes class embeddings beside the text"
+    return None
+
+
+@torch.no_grad()
+def without_guidance(network: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The same network with a guidance embedding that is zero.
+
+    Stable Diffusion's pipelines guide by default (scale 7.5 or 5), but never a network that has such an embedding.
+    """
+    if network.config["time_cond_proj_dim"] is not None:
+        return network
+    told = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(network.config, time_cond_proj_dim=256))
+    missing, _ = told.load_state_dict(network.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"]
+    nn.init.zeros_(cast(nn.Linear, told.time_embedding.cond_proj).weight)
+    return cast(UNet2DConditionModel, cast(nn.Module, told).to(network.device).eval())
+
+
+SD = Family(
+    pipelines=("StableDiffusionPipeline",),
+    component="unet",
+    network=UNet2DConditionModel,
+    call=call,
+    shape=square,
+    output="conv_out",
+    encode=_encode,
+    null=_null,
+    bottleneck=bottleneck,
+    refuse=_refuse,
+    hosted=without_guidance,
+)
+
+SDXL = Family(
+    pipelines=("StableDiffusionXLPipeline",),
+    component="unet",
+    network=UNet2DConditionModel,
+    call=call,
+    shape=square,
+    output="conv_out",
+    encode=_encode_xl,
+    null=_null_xl,
+    bottleneck=bottleneck,
+    refuse=_refuse,
+    hosted=without_guidance,
+)

@@ -1,0 +1,45 @@
+"""From samples to pictures: the pipeline's own VAE, where it has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoModel
+from torch import Tensor
+
+from .errors import UserError
+from .teacher import Teacher
+
+_BATCH = 16
+
+
+class Decoder:
+    """``(B, C, H, W)`` samples of ``teacher`` to pictures in about [-1, 1].
+
+    The VAE is read when first needed and is on the samples' device only while it decodes.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        self._vae: Any = None
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Pictures; the samples themselves where there is no VAE."""
+        if not (self.teacher.folder / "vae").is_dir():
+            return samples
+        vae = self._loaded().to(samples.device)
+        latents = samples / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
+        pictures = torch.cat([vae.decode(part, return_dict=False)[0] for part in latents.split(_BATCH)])
+        vae.to("cpu")
+        return pictures
+
+    def _loaded(self) -> Any:  # noqa: ANN401
+        if self._vae is None:
+            try:
+                self._vae = AutoModel.from_pretrained(str(self.teacher.folder), subfolder="vae").eval()
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{self.teacher.source}: cannot read its VAE: {reason}") from None
+        return self._vae

@@ -1,0 +1,216 @@
+"""How a student will be hosted by stock diffusers: which pipeline and scheduler repeat its sampler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import (
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+)
+from torch import Tensor, nn
+
+from .backbones import Family
+from .backbones.two_times import TargetTime
+from .backbones.unet2d import UNET2D
+from .conditions import Cond
+from .denoiser import Denoiser
+from .errors import UserError
+from .process import VP, Flow
+from .samplers import StudentSampler
+
+_UNIT = "set method.input=unit"
+
+
+@dataclass(frozen=True)
+class OneStepMap:
+    """``x0 = direct noise + output network(input noise, label)``, float64."""
+
+    direct: float
+    output: float
+    input: float
+    label: float
+
+
+def one_step_map(denoiser: Denoiser, sampler: StudentSampler) -> OneStepMap:
+    """The linear map of a one-step student, read off the sampler itself with a network that returns a constant."""
+    seen, sampler = [], replace(sampler, clip_sample=False)
+
+    def constant(value: float) -> Denoiser:
+        def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+            seen.append((x.item(), label.item()))
+            return torch.full_like(x, value)
+
+        return replace(denoiser, call=call)
+
+    one = torch.ones(1, 1, dtype=torch.float64)
+    direct = sampler(constant(0.0), one).item()
+    output = sampler(constant(1.0), 0 * one).item()
+    return OneStepMap(direct=direct, output=output, input=seen[0][0], label=seen[0][1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a student will be hosted by stock diffusers; made before training, so that nothing is trained in vain."""
+
+    pipeline: type[DiffusionPipeline] | None
+    """``None`` is the teacher's own."""
+    scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler
+    steps: int
+    """Network calls."""
+    map: OneStepMap
+    """Of the first call."""
+    output: float
+    """``B'``, the factor that the scheduler puts before the network's output."""
+    label: int
+    """The timestep that the pipeline tells the network."""
+
+
+def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None, family: Family = UNET2D) -> Plan:
+    """Choose pipeline and scheduler for a student of a teacher in ``family`` with so many ``classes``.
+
+    Raises:
+        UserError: stock diffusers has no place for this student.
+    """
+    if family is UNET2D:
+        return _pixel_plan(denoiser, sampler, classes=classes)
+    student = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    if not math.isclose(student.input, 1.0, rel_tol=1e-12):
+        raise UserError(f"the input scale of this student cannot be folded into {family.network.__name__}; {_UNIT}")
+    if student.label < 1 or abs(student.label - round(student.label)) > 1e-6:
+        raise UserError(
+            f"the stock scheduler counts its timesteps, this student enters at {student.label:.4g}; choose "
+            "method.init_ratio or method.t_max at a whole one"
+        )
+    if family.encode is None and isinstance(denoiser.process, Flow):
+        raise UserError(f"no stock pipeline runs a flow student of {family.network.__name__}")
+    made = (_one_step_plan if len(sampler.times) == 1 else _few_step_plan)(denoiser, sampler, classes=None)
+    return replace(made, pipeline=None)
+
+
+def _pixel_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
+    if len(sampler.times) > 1:
+        return _few_step_plan(denoiser, sampler, classes=classes)
+    if sampler.input != "unit":
+        _refuse_unscalable(denoiser.network)
+    return _one_step_plan(denoiser, sampler, classes=classes)
+
+
+def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
+    student = one_step_map(denoiser, sampler)
+    nearest = round(student.label)
+    label = nearest if nearest >= 1 and math.isclose(nearest, student.label, abs_tol=1e-6) else 1
+    if abs(student.direct - 1) < 1e-6:  # x0 = noise - output: no DDPM table has alpha = 1, a flow step does this
+        if classes is not None:
+            raise UserError(
+                "no stock pipeline runs a class-conditional flow step from t = 1; set a smaller method.t_max or "
+                "method.init_ratio"
+            )
+        flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=label, shift=1.0)
+        return Plan(DDPMPipeline, flow, 1, student, -1.0, label)
+    kind = "epsilon" if student.direct > 1 else "v_prediction"
+    alpha = 1 / student.direct if student.direct > 1 else student.direct
+    sigma = math.sqrt(1 - alpha**2)
+    output = -sigma * student.direct if student.direct > 1 else -sigma
+    scheduler = LCMScheduler(
+        num_train_timesteps=label + 1,
+        trained_betas=_betas(denoiser, label, alpha),
+        prediction_type=kind,
+        original_inference_steps=1,
+        timestep_scaling=1e10,  # LCM's skip connection vanishes: c_skip < 1e-19
+        clip_sample=sampler.clip_sample,
+        set_alpha_to_one=True,
+    )
+    return Plan(ConsistencyModelPipeline, scheduler, 1, student, output, label)
+
+
+def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
+    """Schedulers whose own grid for ``steps`` calls is the sampler's, so that plain lines are right."""
+    steps, first = len(sampler.times), one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    refusal = f"no stock scheduler runs this student in {steps} steps"
+    if sampler.renoising == "fixed":
+        raise UserError(f"{refusal}: it re-uses its first noise; set method.renoising=fresh or ddim")
+    if sampler.target_time is not None:
+        raise UserError(f"{refusal}: its network is told one target time only")
+    if isinstance(denoiser.process, VP):
+        scheduler = _table_scheduler(denoiser, sampler, first, refusal)
+        return Plan(ConsistencyModelPipeline, scheduler, steps, first, first.output, round(first.label))
+    if sampler.clip_sample:
+        raise UserError(f"{refusal}: that of rectified flow does not clip; set method.clip_sample=false")
+    scheduler = _flow_scheduler(denoiser, sampler, refusal)
+    if classes is not None:
+        raise UserError(f"{refusal}: no stock pipeline runs a class-conditional flow")
+    return Plan(DDPMPipeline, scheduler, steps, first, first.output, round(first.label))
+
+
+def _table_scheduler(
+    denoiser: Denoiser, sampler: StudentSampler, first: OneStepMap, refusal: str
+) -> LCMScheduler | DDIMScheduler:
+    """LCM's scheduler or DDIM's on the teacher's table up to the first level."""
+    times, steps, label = torch.tensor(sampler.times, dtype=torch.float64), len(sampler.times), round(first.label)
+    kind = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}.get(denoiser.target)
+    if kind is None:
+        raise UserError(f"{refusal}: its network predicts {denoiser.target!r} under a DDPM table")
+    if not math.isclose(first.input, 1.0, rel_tol=1e-12):
+        raise UserError(f"{refusal}: its first call is fed sigma times the noise; set method.input=unit")
+    labels = denoiser.process.label(times).tolist()
+    if any(abs(told - ((label + 1) * (steps - k) / steps - 1)) > 1e-6 for k, told in enumerate(labels)):
+        raise UserError(f"{refusal}: timesteps {[round(x, 2) for x in labels]} are not evenly spaced down to -1")
+    settings = {
+        "num_train_timesteps": label + 1,
+        "trained_betas": _betas(denoiser, label, denoiser.process.alpha(times[:1]).item()),
+        "prediction_type": kind,
+        "clip_sample": sampler.clip_sample,
+        "set_alpha_to_one": True,
+    }
+    if sampler.renoising == "ddim":
+        return DDIMScheduler(**settings, timestep_spacing="trailing")
+    if round(labels[-1]) == 0:
+        raise UserError(f"{refusal}: LCM's scheduler passes timestep 0 through; set fewer method.steps")
+    return LCMScheduler(**settings, original_inference_steps=steps, timestep_scaling=1e10)
+
+
+def _flow_scheduler(denoiser: Denoiser, sampler: StudentSampler, refusal: str) -> FlowMatchEulerDiscreteScheduler:
+    """The Euler scheduler of rectified flow from pure noise in even steps of sigma."""
+    process, times, steps = denoiser.process, torch.tensor(sampler.times, dtype=torch.float64), len(sampler.times)
+    levels, told = process.sigma(times).tolist(), process.label(times[:1]).item()
+    even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
+    # The scheduler counts its timesteps, so the network must be told a whole multiple of sigma.
+    counted = isinstance(process, Flow) and not process.reversed_label and told > 1.5 and abs(told - round(told)) < 1e-6
+    if not counted or not even or denoiser.target != "flow":
+        raise UserError(
+            f"{refusal}: it takes a DDPM table, or a rectified flow at sigma 1, {1 - 1 / steps:.4g}, ... "
+            "(method.init_ratio=.inf) that is told a whole multiple of sigma, at least 2"
+        )
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=round(told),
+        shift=1.0,
+        shift_terminal=1 / steps,
+        stochastic_sampling=sampler.renoising == "fresh",
+    )
+
+
+def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
+    """``label + 1`` betas that end at ``alpha``: the teacher's own table where it does, else one last step."""
+    if isinstance(denoiser.native, VP):
+        table = denoiser.native.alphas_cumprod.double()[: label + 1]
+        if len(table) == label + 1 and math.isclose(table[-1].sqrt().item(), alpha, rel_tol=1e-6):
+            return (1 - table / torch.cat([table.new_ones(1), table[:-1]])).tolist()
+    return [0.0] * label + [1 - alpha**2]
+
+
+def _refuse_unscalable(network: nn.Module) -> None:
+    stock: Any = network.network if isinstance(network, TargetTime) else network
+    config = stock.config
+    if config["center_input_sample"] or any("Skip" in block for block in config["down_block_types"]):
+        raise UserError(
+            "this UNet uses its input beside the first convolution (center_input_sample or Skip blocks), so the "
+            "input scale cannot be folded; set method.input=unit"
+        )

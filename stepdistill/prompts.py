@@ -1,0 +1,142 @@
+"""Prompts: read from a file or a list, encoded once by the pipeline's own text encoders, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .backbones import Family
+from .conditions import Cond, concatenate
+from .errors import UserError
+from .teacher import Teacher
+
+CACHE = Path(HF_HOME) / "stepdistill" / "prompts"
+"""Where encoded prompts are kept, one file per text encoder and list of prompts."""
+
+_BATCH = 16
+_NULL = "null."
+
+
+def read_prompts(source: str | Sequence[str]) -> list[str]:
+    """The prompts of a text file, one a line, or of a list.
+
+    Blank lines are skipped; a line of two quotation marks (``""``) is the empty caption.
+
+    Raises:
+        UserError: no file, not UTF-8 (naming the line), or no prompt in it.
+    """
+    if not isinstance(source, str):
+        prompts, name = list(source), "data.prompts"
+    else:
+        path, name = Path(source).expanduser(), source
+        if not path.is_file():
+            raise UserError(f"data.prompts: there is no file {source!r}; give a text file with one prompt a line")
+        lines = path.read_bytes().split(b"\n")
+        prompts = ["" if line == '""' else line for k, raw in enumerate(lines, 1) if (line := _line(raw, k, source))]
+    if not prompts:
+        raise UserError(f'{name} holds no prompt; write one a line, or "" for the empty caption')
+    return prompts
+
+
+def _line(raw: bytes, number: int, source: str) -> str:
+    try:
+        return raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: line {number} is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+
+
+def encode(
+    teacher: Teacher, prompts: Sequence[str], negative: str | None, *, device: torch.device | str = "cpu"
+) -> tuple[Cond, Cond]:
+    """The conditions of distinct ``prompts``, one row each, and of the negative one, on the CPU in float32.
+
+    Text encoders are loaded for this alone; what they say is kept in ``CACHE`` and read from there the next time.
+
+    Raises:
+        UserError: the text encoders cannot be read, or the kept file cannot.
+    """
+    path = CACHE / f"{_fingerprint(teacher, prompts, negative)}.safetensors"
+    if path.is_file():
+        try:
+            return _split(load_file(path))
+        except Exception as error:
+            raise UserError(f"cannot read the encoded prompts in {path}: {error}; delete the file") from None
+    made, null = _encode(teacher, prompts, negative, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    save_file({**_plain(made), **{_NULL + key: value for key, value in _plain(null).items()}}, temporary)
+    temporary.replace(path)
+    return made, null
+
+
+@torch.no_grad()
+def _encode(
+    teacher: Teacher, prompts: Sequence[str], negative: str | None, device: torch.device | str
+) -> tuple[Cond, Cond]:
+    family, config, size = teacher.family, teacher.network.config, teacher.picture_size
+    assert family.encode is not None
+    assert family.null is not None
+    pipeline = _text_part(teacher, family, device)
+    batches = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
+    bar = tqdm(batches, desc="encode prompts", mininterval=1, disable=len(batches) < 2)
+    made = concatenate(*[family.encode(pipeline, batch, config, size) for batch in bar])
+    return made, family.null(pipeline, negative, config, size)
+
+
+def _text_part(teacher: Teacher, family: Family, device: torch.device | str) -> Any:  # noqa: ANN401
+    """The stock pipeline with tokenizers, text encoders and a network without weights, whose settings it may read."""
+    index = json.loads((teacher.folder / "model_index.json").read_text())
+    with torch.device("meta"):
+        skeleton = family.network.from_config(teacher.network.config)
+    left_out: dict[str, Any] = {
+        name: None
+        for name, value in index.items()
+        if isinstance(value, list)
+        and name != family.component
+        and (value[1] is None or not name.startswith(("text_encoder", "tokenizer", "scheduler")))
+    }
+    diffusers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    try:
+        kind = getattr(diffusers, index["_class_name"])
+        pipeline = kind.from_pretrained(teacher.folder, **left_out, **{family.component: skeleton})
+        for name, part in pipeline.components.items():
+            if name.startswith("text_encoder") and part is not None:
+                part.to(device)
+        return pipeline
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{teacher.source}: cannot read its tokenizer or text encoder: {reason}") from None
+
+
+def _fingerprint(teacher: Teacher, prompts: Sequence[str], negative: str | None) -> str:
+    """Of the text encoders' files (names, sizes and first megabyte), the picture size and all prompts."""
+    digest = hashlib.sha256()
+    names = [*teacher.folder.glob("text_encoder*/*"), *teacher.folder.glob("tokenizer*/*")]
+    for path in sorted(path for path in names if path.is_file()):
+        with path.open("rb") as file:
+            head = file.read(2**20)
+        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode() + head)
+    told = [type(teacher.network).__name__, teacher.picture_size, negative, list(prompts)]
+    digest.update(json.dumps(told).encode())
+    return digest.hexdigest()[:32]
+
+
+def _plain(cond: Cond) -> dict[str, Tensor]:
+    return {key: value.contiguous().clone() for key, value in cond.items()}
+
+
+def _split(tensors: dict[str, Tensor]) -> tuple[Cond, Cond]:
+    made = {key: value for key, value in tensors.items() if not key.startswith(_NULL)}
+    return made, {key.removeprefix(_NULL): value for key, value in tensors.items() if key.startswith(_NULL)}

@@ -1,0 +1,167 @@
+"""Every family of pipelines: its teacher is the stock pipeline, its students are stock pipelines."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from families import BUILD, build
+
+from stepdistill import prompts as prompts_module
+from stepdistill.backbones import FAMILIES
+from stepdistill.config import Data
+from stepdistill.data import data_free
+from stepdistill.decoder import Decoder
+from stepdistill.export import DESCRIPTION, Host, empty_parts, export
+from stepdistill.hosting import plan
+from stepdistill.methods import SiD
+from stepdistill.samplers import ode_steps
+from stepdistill.teacher import Teacher, load_teacher
+
+PROMPTS = ("a cat", "two dogs")
+INF = float("inf")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Encoded prompts go to a folder of their own."""
+    kept, prompts_module.CACHE = prompts_module.CACHE, tmp_path_factory.mktemp("prompts")
+    yield prompts_module.CACHE
+    prompts_module.CACHE = kept
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = build(name, tmp_path_factory.mktemp("families") / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture
+def family(request, folders, cache) -> tuple[str, Path, Teacher]:
+    folder = folders(request.param)
+    return request.param, folder, load_teacher(str(folder), resolution=16 if "flux" in request.param else None)
+
+
+every_family = pytest.mark.parametrize("family", BUILD, indirect=True)
+
+
+def asked(teacher: Teacher, **options: Any) -> Data:
+    told = {"class_labels": (3, 7)} if teacher.family.encode is None else {"prompts": PROMPTS}
+    return Data(**told, **options)
+
+
+def call(name: str, teacher: Teacher, k: int) -> dict[str, Any]:
+    """A stock call for condition ``k``."""
+    made = dict(teacher.family.arguments)
+    made |= {"class_labels": [(3, 7)[k]]} if name == "dit" else {"prompt": PROMPTS[k]}
+    if name in ("flux", "flux-schnell", "sana"):
+        made |= {"height": teacher.picture_size, "width": teacher.picture_size}
+    return made | ({"guidance_scale": 1.0} if name == "flux" else {})
+
+
+def test_every_family_is_tested(folders):
+    built = {json.loads((folders(name) / "model_index.json").read_text())["_class_name"] for name in BUILD}
+    for family in FAMILIES[1:]:
+        assert built & set(family.pipelines)
+
+
+GUIDED = {
+    "sd": 3.0,
+    "sd-v": 3.0,
+    "sdxl": 3.0,
+    "sd3": 3.0,
+    "sd3-without-t5": 2.0,
+    "pixart": 3.0,
+    "sana": 3.0,
+    "dit": 3.0,
+}
+
+
+@every_family
+@pytest.mark.parametrize("scale", [1.0, None])
+def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
+    """Same noise, same grid, guidance off and on; Flux is told its scale.
+
+    Four steps divide the table: with three, DDIM's scheduler arrives one entry beside where it goes on.
+    """
+    name, folder, teacher = family
+    scale = scale or GUIDED.get(name, 2.5)
+    data = data_free(teacher, asked(teacher, guidance_scale=scale), torch.device("cpu"))
+    denoiser = teacher.guided(asked(teacher, guidance_scale=scale), data.null)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty_parts(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    if "flow" in type(pipeline.scheduler).__name__.lower() or name == "sana":
+        shift = 3.0 if "flux" not in name else pipeline.scheduler.config.shift
+        dynamic = name == "flux"
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic)
+    else:
+        scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
+    pipeline.scheduler = scheduler
+    said = call(name, teacher, 1) | {"guidance_scale": scale}
+    if name == "flux-schnell" and scale > 1:
+        said = call(name, teacher, 1) | {"true_cfg_scale": scale, "negative_prompt": ""}
+    torch.manual_seed(5)
+    made = pipeline(num_inference_steps=4, output_type="np", **said).images
+    torch.manual_seed(5)
+    noise = torch.randn(1, *teacher.sample_shape)
+    labels = pipeline.scheduler.timesteps.double()
+    times = denoiser.process.time_of_label(labels).clamp(0, 1).tolist()
+    with torch.no_grad():
+        *_, last = ode_steps(denoiser, noise, times, data.cond([1]))
+    pictures = (Decoder(teacher)(last.x) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(torch.from_numpy(made).permute(0, 3, 1, 2), pictures, atol=1e-4, rtol=0)
+    other = data.cond([0])
+    with torch.no_grad():
+        *_, changed = ode_steps(denoiser, noise, times, other)
+    assert (changed.x - last.x).abs().max() > 1e-5, "the condition must matter"
+
+
+def moved(teacher: Teacher) -> Any:
+    """A student: the teacher with other weights."""
+    network = copy.deepcopy(teacher.network)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return replace(teacher.denoiser, network=network)
+
+
+@every_family
+@pytest.mark.parametrize(("steps", "renoising"), [(1, "fresh"), (2, "fresh"), (3, "ddim")])
+def test_exported_student_is_its_sampler(family, steps, renoising, tmp_path):
+    name, folder, teacher = family
+    flow = teacher.denoiser.target == "flow"
+    method = SiD(steps=steps, renoising=renoising, init_ratio=INF if flow else 2.5, input="unit")
+    sampler = method.sampler(teacher.denoiser.process)
+    hosted = plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family)
+    data = data_free(teacher, asked(teacher), torch.device("cpu"))
+    said = [call(name, teacher, k) for k in (0, 1)]
+    told = {key: [one[key] for one in said] for key in ("prompt",) if key in said[0]}
+    told |= {"class_labels": [3, 7]} if name == "dit" else {}
+    host = Host(teacher, {**said[0], **told})
+    export(
+        moved(teacher),
+        sampler,
+        hosted,
+        tmp_path / "student",
+        shape=teacher.sample_shape,
+        cond=data.cond(range(2)),
+        host=host,
+    )
+    assert (tmp_path / "student" / DESCRIPTION).is_file()
+    for path in folder.rglob("*"):
+        part = path.relative_to(folder)
+        if path.is_file() and part.parts[0] not in ("scheduler", teacher.family.component, "model_index.json"):
+            assert (tmp_path / "student" / part).read_bytes() == path.read_bytes()
