@@ -42,6 +42,8 @@ class Outcome:
         self.config, self.teacher, self.taught, self.data = config, teacher, taught, data
         self.folder, self.student_folder = config.output_dir, config.output_dir / "student"
         self.decode = Decoder(teacher)
+        # A picture of a thousand pixels a side takes gigabytes to make: few are shown, and made, at a time.
+        self.shown, self.at_once = (_SHOWN, 10_000) if teacher.picture_size <= 64 else (8, 4)
         self.evaluator = Evaluator(config.evaluate.reference) if config.evaluate else None
 
     def preview(self, step: int, student: Denoiser, sampler: StudentSampler) -> dict[str, float]:
@@ -93,6 +95,9 @@ class Outcome:
     @torch.no_grad()
     def _generate(self, denoiser: Denoiser, ids: range, how: StudentSampler | int) -> Tensor:
         """The pictures of the samples ``ids``, as a student makes them or in that many DDIM steps."""
+        if len(ids) > self.at_once:
+            parts = [ids[start : start + self.at_once] for start in range(0, len(ids), self.at_once)]
+            return torch.cat([self._generate(denoiser, part, how) for part in parts])
         noise = SampleNoise(ids, self.teacher.sample_shape, device=self.data.device)
         cond = self.data.cond(ids)
         if isinstance(how, int):
@@ -125,7 +130,7 @@ class Outcome:
         return rows
 
     def _picture(self, student: Denoiser, sampler: StudentSampler, metrics: Path) -> None:
-        ids, steps = range(_SHOWN), self.teacher.picture_steps
+        ids, steps = range(self.shown), self.teacher.picture_steps
         taught, learned = self._generate(self.taught, ids, steps), self._generate(student, ids, sampler)
         title = f"{self.config.methods_used}: {self.config.teacher}, teacher in {steps} steps"
         history = read_history(metrics)

@@ -62,7 +62,7 @@ class NoiseProcess(ABC):
         """Inverse of ``label``."""
 
     def snap(self, t: Tensor) -> Tensor:
-        """The nearest time that a stock scheduler can name: a table entry of a DDPM, ``t`` itself elsewhere."""
+        """The nearest time that a stock scheduler can name: a table entry, a whole label of a flow that counts them."""
         return t.double()
 
     @property
@@ -202,6 +202,9 @@ class Flow(NoiseProcess):
     def time_of_label(self, label: Tensor) -> Tensor:
         level = label.double() / self.label_scale
         return self._time_at_sigma(1 - level if self.reversed_label else level)
+
+    def snap(self, t: Tensor) -> Tensor:
+        return self.time_of_label(self.label(t).round()) if self.label_scale > 1 else t.double()
 
 
 @dataclass(frozen=True)

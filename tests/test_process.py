@@ -91,6 +91,13 @@ def test_signal_falls_and_noise_rises(process):
     assert bool((process.log_snr(INSIDE).diff() < 0).all())
 
 
+def test_a_flow_snaps_to_whole_labels_where_it_counts_them():
+    t = torch.tensor([0.2, 0.71428, 1.0], dtype=torch.float64)
+    for process in (Flow(), Flow(shift=3.0), Flow(reversed_label=True)):
+        exactly(process.label(process.snap(t)), process.label(t).round(), 1e-9)
+    assert torch.equal(Flow(label_scale=1.0).snap(t), t)
+
+
 @every_process
 @pytest.mark.parametrize("name", ["alpha", "sigma"])
 def test_slopes_equal_automatic_differentiation(process, name):
@@ -139,7 +146,7 @@ def test_vp_snaps_to_the_nearest_entry(name):
     exactly(process.label(snapped), nearest, 1e-10)
 
 
-@pytest.mark.parametrize("process", [Flow(3.0), VE(), Trig()])
+@pytest.mark.parametrize("process", [Flow(3.0, label_scale=1.0), VE(), Trig()])
 def test_continuous_times_are_not_snapped(process):
     assert torch.equal(process.snap(INSIDE), INSIDE)
 
