@@ -38,7 +38,7 @@ class DataFree:
     def batch(self, size: int) -> Batch:
         """Standard normal noise ``(size, C, H, W)`` and conditions."""
         noise = torch.randn(size, *self.shape, device=self.device)
-        cond = self._told(torch.randint(self.count, (size,))) if self.table else NO_COND
+        cond = self._told(self._ordered(torch.randint(self.count, (size,)))) if self.table else NO_COND
         return Batch(noise, cond, self._real(size))
 
     def _real(self, size: int) -> Tensor | None:
@@ -52,19 +52,22 @@ class DataFree:
         return len(next(iter(self.table.values()))) if self.order is None else len(self.order)
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Rows of ``table`` of the samples ``ids`` in previews and evaluation: in turn, hence balanced."""
-        return self._ordered(torch.tensor(list(ids)) % self.count)
+        """Rows of ``table`` of the samples ``ids`` in previews and evaluation: all in turn, one further on every round.
+
+        So they are balanced, and every tenth sample, which an error is estimated without, is not of one class.
+        """
+        k = torch.tensor(list(ids))
+        return self._ordered((k + k // self.count) % self.count)
 
     def cond(self, ids: Sequence[int]) -> Cond:
         """The conditions of the samples ``ids``."""
-        return self._told(torch.tensor(list(ids)) % self.count) if self.table else NO_COND
+        return self._told(self.rows(ids)) if self.table else NO_COND
 
     def _ordered(self, picks: Tensor) -> Tensor:
         return picks if self.order is None else self.order[picks]
 
-    def _told(self, picks: Tensor) -> Cond:
-        rows = select(self.table, self._ordered(picks))
-        return {key: value.to(self.device, non_blocking=True) for key, value in rows.items()}
+    def _told(self, rows: Tensor) -> Cond:
+        return {key: value.to(self.device, non_blocking=True) for key, value in select(self.table, rows).items()}
 
 
 def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:

@@ -205,7 +205,8 @@ class Run:
         """Export and show the averaged student."""
         if self.accelerator.is_main_process:
             with torch.no_grad(), self.trainer.averaged_weights() as student:
-                self.outcome.finish(student, self.sampler, self.hosted, self._metrics)
+                adapted = "student" in self.training.lora
+                self.outcome.finish(student, self.sampler, self.hosted, self._metrics, adapted=adapted)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return self.outcome.student_folder

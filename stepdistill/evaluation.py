@@ -31,6 +31,8 @@ class Measurement:
     """Root mean square distance between the features of two samples, ``sqrt(2 tr Cov)``."""
     images_per_second: float
     """Of the median batch, noise to 8-bit images on the CPU, features excluded: a slow first batch has no say."""
+    prompt_accuracy: float | None = None
+    """Share of the samples that the bundled classifier takes for the digit asked of them, where digits were asked."""
 
 
 class Evaluator:
@@ -61,18 +63,41 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(
-        self, label: str, network_calls: int, generate: Generate, *, samples: int, batch_size: int
+        self,
+        label: str,
+        network_calls: int,
+        generate: Generate,
+        *,
+        samples: int,
+        batch_size: int,
+        digits: Tensor | None = None,
     ) -> Measurement:
-        """Generate samples ``0 .. samples - 1`` in batches and score them as 8-bit images."""
-        sums, digits, speeds = FeatureSums(self.extractor.dimension), [], []
+        """Generate samples ``0 .. samples - 1`` in batches and score them as 8-bit images.
+
+        Args:
+            label: name of the generator.
+            network_calls: what one sample takes.
+            generate: the generator.
+            samples: how many.
+            batch_size: at a time.
+            digits: ``(samples,)`` the digit 0..9 that each sample was asked for.
+        """
+        sums, seen, speeds = FeatureSums(self.extractor.dimension), [], []
         for start in range(0, samples, batch_size):
             ids = range(start, min(start + batch_size, samples))
             began = time.perf_counter()
             images = to_uint8(generate(ids)).cpu()
             speeds.append(len(ids) / (time.perf_counter() - began))
             sums.add(self.extractor(images), start)
-            digits.append(self.extractor.classify(images).cpu())
-        shares = torch.bincount(torch.cat(digits), minlength=10) / samples
-        diversity = (2 * sums.moments().covariance.trace()).sqrt().item()
-        distance = frechet_distance(sums, self.reference)
-        return Measurement(label, network_calls, distance, tuple(shares.tolist()), diversity, statistics.median(speeds))
+            seen.append(self.extractor.classify(images).cpu())
+        found = torch.cat(seen)
+        shares = torch.bincount(found, minlength=10) / samples
+        return Measurement(
+            label,
+            network_calls,
+            frechet_distance(sums, self.reference),
+            tuple(shares.tolist()),
+            diversity=(2 * sums.moments().covariance.trace()).sqrt().item(),
+            images_per_second=statistics.median(speeds),
+            prompt_accuracy=None if digits is None else (found == digits).double().mean().item(),
+        )

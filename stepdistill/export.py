@@ -14,12 +14,13 @@ import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
+from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .backbones import Family
@@ -113,6 +114,49 @@ def export(
         raise RuntimeError(f"the exported pipeline differs from the student's sampler by {error:.2g}; kept {temporary}")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+@torch.no_grad()
+def export_lora(
+    denoiser: Denoiser,
+    sampler: StudentSampler,
+    hosted: Plan,
+    folder: Path,
+    *,
+    shape: tuple[int, ...],
+    cond: Cond,
+    host: Host,
+) -> bool:
+    """Write the adapters of a student that is made of them, and its scheduler, for the teacher's own pipeline.
+
+    Returns:
+        Whether there are such: pipelines of some families load no adapters, and what is folded into other weights
+        cannot travel with them.
+
+    Raises:
+        RuntimeError: the teacher's pipeline with the adapters differs from the sampler by more than 1e-4.
+    """
+    component, source = host.teacher.family.component, host.teacher.folder
+    pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(source))
+    folded = not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6)
+    if folded or not hasattr(pipeline, "save_lora_weights"):
+        return False
+    temporary, network = folder.with_name(folder.name + ".tmp"), cast(Any, denoiser.network)
+    shutil.rmtree(temporary, ignore_errors=True)
+    layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values())).to_dict()
+    told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings}
+    type(pipeline).save_lora_weights(temporary, **told)
+    hosted.scheduler.save_pretrained(temporary / "scheduler")
+    pipeline.load_lora_weights(temporary)
+    pipeline.scheduler = hosted.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    student = replace(denoiser, network=copy.deepcopy(network).cpu())
+    error = _error_in_place(pipeline, student, sampler, host, {k: v.cpu() for k, v in cond.items()}, shape)
+    if not error < 1e-4:
+        raise RuntimeError(f"the teacher with the adapters differs from the student by {error:.2g}; kept {temporary}")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    return True
 
 
 def empty_parts(folder: Path) -> dict[str, None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
@@ -51,17 +53,28 @@ class DigitsExtractor:
         self._net = DigitsNet().to(self.device).double().eval()
         self._net.load_state_dict(weights)
 
+    @staticmethod
+    def compares(shape: Sequence[int]) -> bool:
+        """Whether images of this ``(C, H, W)`` can be reduced to 8x8 grey: 1 or 3 channels, both sides ``8 k``."""
+        channels, height, width = shape
+        return channels in (1, 3) and height == width and height > 0 and height % 8 == 0
+
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         return (self._net(self._prepare(images))[1] - self._mean) / self._std
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
-        """The digit 0..9 seen in each uint8 ``(N, C, 8, 8)`` image, ``(N,)``."""
+        """The digit 0..9 seen in each uint8 ``(N, C, 8 k, 8 k)`` image, ``(N,)``."""
         return self._net(self._prepare(images))[0].argmax(1)
 
     def _prepare(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != (8, 8):
-            height, width = images.shape[-2:]
-            raise UserError(f"{self.name} compares 8x8 digits, got images of {width}x{height}")
-        return to_float(images.to(self.device)).double().mean(1, keepdim=True)
+        """Grey float64 ``(N, 1, 8, 8)`` in [-1, 1]: the mean of the channels, and of the area behind each pixel."""
+        if not self.compares(images.shape[1:]):
+            channels, height, width = images.shape[1:]
+            raise UserError(
+                f"{self.name} compares 8x8 digits, or square multiples of that with 1 or 3 channels, got images of "
+                f"{width}x{height} with {channels}"
+            )
+        grey = to_float(images.to(self.device)).double().mean(1, keepdim=True)
+        return F.avg_pool2d(grey, images.shape[-1] // 8)

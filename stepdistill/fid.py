@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 _CALC = """Compare the images A with the reference images B. Either is a folder of images (read recursively),
-an .npz with uint8 arr_0 (N, H, W[, C]), or builtin:digits."""
+an .npz with uint8 arr_0 (N, H, W[, C]), builtin:digits or builtin:digits_text."""
 _EXAMPLE = "example:\n  stepdistill fid calc runs/digits_sid/samples builtin:digits --json"
 
 

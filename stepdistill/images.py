@@ -10,9 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
+from .styles import STYLES, styled
 
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 DIGITS = "builtin:digits"
+TEXT_DIGITS = "builtin:digits_text"
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -36,19 +38,22 @@ def load_images(source: str | Path) -> Tensor:
 
     Args:
         source: a folder (read recursively, in sorted order), an ``.npz`` with ``arr_0`` of uint8 ``(N, H, W)`` or
-            ``(N, H, W, C)``, or ``builtin:digits`` (scikit-learn's 1,797 real 8x8 digits).
+            ``(N, H, W, C)``, ``builtin:digits`` (scikit-learn's 1,797 real 8x8 digits), or ``builtin:digits_text``
+            (the same in six styles, 16x16 RGB).
 
     Raises:
         UserError: nothing there, something unreadable or not 8-bit, or images of different sizes.
     """
     if str(source) == DIGITS:
         return load_digits()[0]
+    if str(source) == TEXT_DIGITS:
+        return load_text_digits()[0]
     path = Path(source)
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".npz" and path.is_file():
         return _from_npz(path)
-    raise UserError(f"{source} is neither a folder of images, an .npz file nor {DIGITS}")
+    raise UserError(f"{source} is neither a folder of images, an .npz file nor {DIGITS} or {TEXT_DIGITS}")
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -58,6 +63,14 @@ def load_digits() -> tuple[Tensor, Tensor]:
     images, labels = load(return_X_y=True)
     grey = np.rint(np.asarray(images) * (255 / 16)).astype(np.uint8)
     return torch.from_numpy(grey).reshape(-1, 1, 8, 8), torch.from_numpy(np.asarray(labels)).long()
+
+
+def load_text_digits() -> tuple[Tensor, Tensor]:
+    """The digits in every style, uint8 ``(10782, 3, 16, 16)`` grey as RGB, and numbers ``(10782,)`` in ``CAPTIONS``."""
+    grey, labels = load_digits()
+    images = torch.cat([styled(grey / 255, style) for style in STYLES])
+    captions = torch.cat([labels + 10 * k for k in range(len(STYLES))])
+    return to_uint8(images * 2 - 1).expand(-1, 3, -1, -1).contiguous(), captions
 
 
 def _from_folder(folder: Path) -> Tensor:

@@ -18,10 +18,11 @@ from .data import DataFree
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
-from .export import Host, empty_parts, export
+from .export import Host, empty_parts, export, export_lora
 from .hosting import Plan
-from .report import card, grid, picture, read_history, table, usage
+from .report import card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
+from .styles import digits_of
 from .teacher import Teacher
 
 _PICTURE = "student.png"
@@ -59,8 +60,10 @@ class Outcome:
         measured = self._measure("student", student, sampler, self.config.evaluate.curve_samples)
         return {"fd": measured.distance.value}
 
-    def finish(self, student: Denoiser, sampler: StudentSampler, hosted: Plan, metrics: Path) -> None:
-        """Export the student, evaluate it against the teacher, and say where everything is."""
+    def finish(
+        self, student: Denoiser, sampler: StudentSampler, hosted: Plan, metrics: Path, *, adapted: bool = False
+    ) -> None:
+        """Export the student, ``adapted`` ones as adapters too, evaluate it, and say where everything is."""
         host = Host(self.teacher, self._call()) if hosted.pipeline is None else None
         ids, shape = range(2 if host else 4), self.teacher.sample_shape
         cond = self.data.cond(ids)
@@ -73,6 +76,13 @@ class Outcome:
             print(f"\n{table(rows, self.evaluator.extractor.name)}")
         lines = self._usage(self.student_folder, hosted.steps)
         print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{lines}")
+        if adapted and host:
+            host = Host(self.teacher, {"guidance_scale": 1.0, **self._call()})
+            folder = self.folder / "student_lora"
+            if export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
+                print(f"\nadapters {folder}, for the teacher's own pipeline:\n")
+                kind = type(hosted.scheduler).__name__
+                print(usage_of_adapters(folder, self.config.teacher, kind, hosted.steps, host.call))
 
     def _usage(self, folder: Path, steps: int) -> str:
         return usage(folder, steps, self._call(), empty_parts(self.student_folder))
@@ -107,12 +117,14 @@ class Outcome:
     def _measure(self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int) -> Measurement:
         assert self.evaluator is not None
         assert self.config.evaluate is not None
+        asked = [self.data.prompts[row] for row in self.data.rows(range(samples))] if self.data.prompts else None
         return self.evaluator.measure(
             label,
             how if isinstance(how, int) else len(how.times),
             lambda ids: self._generate(denoiser, ids, how),
             samples=samples,
             batch_size=self.config.evaluate.batch_size,
+            digits=digits_of(asked) if asked else None,
         )
 
     def _evaluate(self, student: Denoiser, sampler: StudentSampler) -> list[Measurement]:

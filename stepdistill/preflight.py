@@ -72,16 +72,23 @@ def check_evaluation(evaluate: Evaluate | None, teacher: Teacher) -> None:
     """
     if evaluate is None:
         return
-    if teacher.sample_shape[-2:] != (8, 8):
-        size = "x".join(str(side) for side in teacher.sample_shape[-2:])
+    channels, height, width = _picture_shape(teacher)
+    if not DigitsExtractor.compares((channels, height, width)):
         raise UserError(
-            f"evaluate: {DigitsExtractor.name} compares 8x8 digits, the teacher makes {size} images; set evaluate=null"
+            f"evaluate: {DigitsExtractor.name} compares 8x8 digits, or square multiples of that with 1 or 3 channels; "
+            f"the teacher makes {width}x{height} images with {channels}; set evaluate=null"
         )
     try:
         for steps in evaluate.teacher_steps:
             teacher_grid(teacher.denoiser.process, steps)
     except ValueError as error:
         raise UserError(f"evaluate.teacher_steps: {error}") from None
+
+
+def _picture_shape(teacher: Teacher) -> tuple[int, int, int]:
+    """``(C, H, W)`` of a picture: a sample, or what the VAE makes of it."""
+    channels, height, width = teacher.sample_shape
+    return channels if teacher.scale == 1 else 3, height * teacher.scale, width * teacher.scale
 
 
 def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:

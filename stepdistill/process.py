@@ -1,9 +1,8 @@
 """Noise processes ``x_t = alpha_t x_0 + sigma_t eps``: coefficients, slopes, log-SNR and network labels.
 
-Time ``t`` runs from 0 (data) to 1 (noise) in every process and is the family's own coordinate: the table
-index of a DDPM, Karras' ramp of an EDM model, the (shifted) time of a rectified flow, the angle of
-TrigFlow.  Times have shape ``(B,)``, samples ``(B, ...)``.  Coefficients are float64 and are broadcast here
-and nowhere else; a half-precision sample is promoted to float32 by them.
+Time ``t`` runs from 0 (data) to 1 (noise) in every process and is the family's own coordinate: the table index of a
+DDPM, Karras' ramp of an EDM model, the (shifted) time of a rectified flow, the angle of TrigFlow.  Times have shape
+``(B,)``, samples ``(B, ...)``.  Coefficients are float64; a half-precision sample is promoted to float32 by them.
 """
 
 from __future__ import annotations

@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .backbones import Family
+from .bundled import BUILTIN
 from .conditions import Cond, concatenate
 from .errors import UserError
+from .styles import CAPTIONS
 from .teacher import Teacher
 
 CACHE = Path(HF_HOME) / "stepdistill" / "prompts"
@@ -29,13 +31,15 @@ _NULL = "null."
 
 
 def read_prompts(source: str | Sequence[str]) -> list[str]:
-    """The prompts of a text file, one a line, or of a list.
+    """The prompts of a text file, one a line, of a list, or the captions of ``builtin:digits_text``.
 
     Blank lines are skipped; a line of two quotation marks (``""``) is the empty caption.
 
     Raises:
         UserError: no file, not UTF-8 (naming the line), or no prompt in it.
     """
+    if source == f"{BUILTIN}digits_text":
+        return list(CAPTIONS)
     if not isinstance(source, str):
         prompts, name = list(source), "data.prompts"
     else:

@@ -74,11 +74,16 @@ def _curve(axis: plt.Axes, history: list[dict[str, float]]) -> None:
 def table(rows: list[Measurement], metric: str) -> str:
     """Distances, network calls and speed as aligned text; the last row is the student."""
     slowest = rows[0].images_per_second
-    lines = [f"{'':<18}{metric + ' (+- se)':>22}{'network calls':>15}{'images/s':>11}{'speed-up':>10}"]
+    asked = any(row.prompt_accuracy is not None for row in rows)
+    told = f"{'prompt accuracy':>17}" if asked else ""
+    lines = [f"{'':<18}{metric + ' (+- se)':>22}{told}{'network calls':>15}{'images/s':>11}{'speed-up':>10}"]
     for row in rows:
         distance = f"{row.distance.value:.3f} +- {row.distance.se:.3f}"
         ratio = f"{row.images_per_second / slowest:.1f}x"
-        lines.append(f"{row.label:<18}{distance:>22}{row.network_calls:>15}{row.images_per_second:>11.0f}{ratio:>10}")
+        told = f"{row.prompt_accuracy:>17.3f}" if asked else ""
+        lines.append(
+            f"{row.label:<18}{distance:>22}{told}{row.network_calls:>15}{row.images_per_second:>11.0f}{ratio:>10}"
+        )
     return "\n".join(lines)
 
 
@@ -103,6 +108,21 @@ def usage(folder: Path, steps: int, call: dict[str, Any], without: Iterable[str]
         f"pipe = DiffusionPipeline.from_pretrained({source})\n"
         f"image = pipe({', '.join(words)}).images[0]\n"
         'image.save("sample.png")'
+    )
+
+
+def usage_of_adapters(folder: Path, teacher: str, scheduler: str, steps: int, call: dict[str, Any]) -> str:
+    """The lines of Python that use a student's adapters in the teacher's pipeline."""
+    first, load, image, save = usage(Path(teacher), steps, call).split("\n")
+    return "\n".join(
+        [
+            f"{first}, {scheduler}",
+            load,
+            f'pipe.load_lora_weights("{folder.as_posix()}")',
+            f'pipe.scheduler = {scheduler}.from_pretrained("{folder.as_posix()}", subfolder="scheduler")',
+            image,
+            save,
+        ]
     )
 
 

@@ -29,7 +29,7 @@ PAPER = SHARED | {"methods.base", "methods._shared", "methods._score"}
 WRAPPERS = {"methods.disback"}
 """Papers about other papers' methods, which they may import."""
 METRICS = {"frechet", "features", "images", "evaluation", "fid"}
-MODELS = {"methods", "trainer", "checkpoints", "distill", "teacher", "train_teacher", "export"}
+MODELS = {"methods", "trainer", "checkpoints", "distill", "teacher", "train_teacher", "train_text_teacher", "export"}
 ACCELERATE = {"trainer", "checkpoints", "distill", "train_teacher", "preflight", "snapshots", "__main__"}
 
 

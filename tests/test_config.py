@@ -8,11 +8,12 @@ from stepdistill.config import Config, parse
 from stepdistill.errors import UserError
 from stepdistill.methods import BOOT, SiD
 from stepdistill.train_teacher import TeacherConfig
+from stepdistill.train_text_teacher import TextTeacherConfig
 
 
 @pytest.mark.parametrize("name", sorted(bundled_configs()))
 def test_every_bundled_recipe_parses_and_its_dump_is_the_same_recipe(name, tmp_path):
-    kind = TeacherConfig if name.startswith("teacher_") else Config
+    kind = {"teacher_digits": TeacherConfig, "teacher_digits_text": TextTeacherConfig}.get(name, Config)
     config = parse(kind, name, [])
     if isinstance(config, Config):
         (tmp_path / "again.yaml").write_text(yaml.safe_dump(config.dump()))

@@ -223,3 +223,31 @@ def test_every_method_distils_every_family(name, method, folders, cache, tmp_pat
     assert all(math.isfinite(value) for row in rows for value in row.values())
     index = json.loads((folders(name) / "model_index.json").read_text())
     assert json.loads((student / "model_index.json").read_text())["_class_name"] == index["_class_name"]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sana", "flux", "pixart", "dit"])
+def test_adapters_alone_make_the_teachers_pipeline_the_student(name, folders, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Teacher, "picture_steps", 2)
+    monkeypatch.setattr(outcome, "_SHOWN", 4)
+    lora = {role: {"rank": 2, "alpha": 4} for role in ("student", "fake")}
+    fast = {"lr": 1e-2}
+    student = distill(recipe(name, folders(name), "sid", tmp_path / "run", lora=lora, optimizer=fast))
+    adapters = tmp_path / "run/student_lora"
+    assert adapters.is_dir() == (name not in ("pixart", "dit")), "their pipelines load no adapters"
+    assert (student / "model_index.json").is_file()
+    if adapters.is_dir():
+        size = (adapters / "pytorch_lora_weights.safetensors").stat().st_size
+        assert (
+            size
+            < (
+                student
+                / load_teacher(str(folders(name)), resolution=16 if name == "flux" else None).family.component
+                / "diffusion_pytorch_model.safetensors"
+            )
+            .stat()
+            .st_size
+        )
+        lines = capsys.readouterr().out.split("own pipeline:\n\n")[1]
+        space: dict[str, Any] = {}
+        exec(lines.replace('image.save("sample.png")', ""), space)
+        assert space["image"].size

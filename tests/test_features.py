@@ -124,9 +124,25 @@ def test_the_classifier_knows_the_real_digits():
     assert (DigitsExtractor().classify(IMAGES) == LABELS).float().mean() > 0.95
 
 
-def test_other_sizes_than_8x8_are_refused():
-    with pytest.raises(UserError, match="fd-digits-v1 compares 8x8 digits, got images of 12x9"):
-        DigitsExtractor()(torch.zeros(2, 1, 9, 12, dtype=torch.uint8))
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 9, 12), (1, 12, 12), (3, 8, 16), (4, 8, 8), (2, 16, 16)])
+def test_images_that_are_no_square_multiples_of_8x8_are_refused(channels, height, width):
+    with pytest.raises(UserError, match=rf"compares 8x8 digits, .* got images of {width}x{height} with {channels}$"):
+        DigitsExtractor()(torch.zeros(2, channels, height, width, dtype=torch.uint8))
+
+
+def test_larger_rgb_images_are_seen_as_their_8x8_area_means():
+    extractor = DigitsExtractor()
+    grey = torch.randint(2, 254, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    large = torch.kron(grey, torch.ones(1, 1, 2, 2, dtype=grey.dtype)).repeat(1, 3, 1, 1)
+    # Within every 2x2 block and over the channels what is added is taken away again.
+    large[:, :, ::2, ::2] += 1
+    large[:, :, 1::2, 1::2] -= 1
+    large[:, 0] += 1
+    large[:, 2] -= 1
+    seen, expected = (extractor(images.to(torch.uint8)) for images in (large, grey))
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+    tripled = torch.kron(IMAGES[:9], torch.ones(1, 1, 3, 3, dtype=torch.uint8))
+    assert torch.equal(extractor.classify(tripled), extractor.classify(IMAGES[:9]))
 
 
 def test_the_bundled_file_is_what_the_training_script_writes(tmp_path, capsys):
@@ -136,7 +152,7 @@ def test_the_bundled_file_is_what_the_training_script_writes(tmp_path, capsys):
     torch.set_num_threads(threads)
     assert "accuracy on 449 held-out digits" in capsys.readouterr().out
     assets = [file for file in bundled("assets").rglob("*") if file.is_file()]
-    assert {file.suffix for file in assets} == {".json", ".safetensors"}
+    assert {file.suffix for file in assets} <= {".json", ".safetensors", ".txt", ".png"}
     ours, new = load_file(bundled("assets") / "fd-digits-v1.safetensors"), load_file(tmp_path / "new.safetensors")
     assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {
         name: (t.shape, t.dtype) for name, t in new.items()
