@@ -71,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--first-id", type=int, default=0, help="id, and so the noise, of the first sample (0)")
     sample.add_argument("--batch-size", type=_positive, default=64, help="samples at a time (64)")
     sample.add_argument("--labels", type=int, nargs="+", help="class labels to cycle through (all)")
+    told = sample.add_mutually_exclusive_group()
+    told.add_argument("--prompt", nargs="+", metavar="TEXT", help="prompts to cycle through (the student's recipe's)")
+    told.add_argument("--prompts", metavar="FILE", help="the same from a text file with one prompt a line")
+    sample.add_argument("--guidance-scale", type=float, default=1.0, help="of a teacher (1, none)")
     sample.add_argument(
         "--teacher-first", type=_count, default=0, metavar="N", help="the teacher makes a student's first N calls (0)"
     )
@@ -142,6 +146,8 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
                 first_id=arguments.first_id,
                 batch_size=arguments.batch_size,
                 labels=labels,
+                prompts=tuple(arguments.prompt) if arguments.prompt else arguments.prompts,
+                guidance_scale=arguments.guidance_scale,
                 solver=arguments.solver,
                 teacher_first=arguments.teacher_first,
                 teacher=arguments.teacher,

@@ -19,6 +19,7 @@ from typing import Any, cast
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ def export_lora(
     component, source = host.teacher.family.component, host.teacher.folder
     pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(source))
     folded = not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6)
-    if folded or not hasattr(pipeline, "save_lora_weights"):
+    if folded or not isinstance(pipeline, LoraBaseMixin):
         return False
     temporary, network = folder.with_name(folder.name + ".tmp"), cast(Any, denoiser.network)
     shutil.rmtree(temporary, ignore_errors=True)

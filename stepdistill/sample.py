@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from diffusers import UNet2DModel
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .backbones import unet2d
+from .backbones import Family
 from .backbones.family import square
-from .conditions import Cond
+from .backbones.unet2d import UNET2D
 from .config import Data
 from .data import DataFree, class_labels, data_free, draws
-from .denoiser import Denoiser
+from .decoder import Decoder
 from .errors import UserError
 from .export import DESCRIPTION
 from .hybrid import HybridSampler, trace_ode, trace_x0
 from .images import to_picture, to_uint8
-from .process import NoiseProcess
-from .samplers import SampleNoise, Solver, StudentSampler, sample_ode, teacher_grid
-from .schedulers import read_scheduler
-from .teacher import Teacher, load_teacher
+from .prompts import read_prompts
+from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
+from .student import exported, few_step, one_step, recipe, teacher_of
+from .teacher import load_teacher, read_index
 
 Traces = Callable[[range], Tensor]
 """What the calls for the given ids predict, ``(B, K, C, H, W)`` in [-1, 1]; the last of the K is the sample."""
@@ -45,6 +39,8 @@ def sample(
     first_id: int = 0,
     batch_size: int = 64,
     labels: tuple[int, ...] | None = None,
+    prompts: str | tuple[str, ...] | None = None,
+    guidance_scale: float = 1.0,
     solver: Solver = "euler",
     teacher_first: int = 0,
     teacher: str | None = None,
@@ -61,6 +57,8 @@ def sample(
         first_id: id of the first sample.
         batch_size: samples at a time.
         labels: class labels to cycle through; all of them by default.
+        prompts: prompts to cycle through, or a file of them; those of the student's recipe by default.
+        guidance_scale: of a teacher; a student has learned its own.
         solver: ODE solver of a teacher.
         teacher_first: calls of the student that the teacher makes, see ``HybridSampler``.
         teacher: source of that teacher; the one in the student's model card by default.
@@ -74,6 +72,11 @@ def sample(
     if labels is not None and min(labels) < 0:
         raise UserError(f"--labels must not be negative, got {list(labels)}")
     is_student = (Path(source) / DESCRIPTION).is_file()
+    placed = is_student and _family(source) is not UNET2D
+    if is_student and guidance_scale != 1:
+        raise UserError("--guidance-scale is for a teacher; a student has learned its own")
+    if placed and (teacher_first or trace):
+        raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE")
     if teacher_first == 0 and teacher is not None:
         raise UserError("--teacher is for --teacher-first only; give the number of its calls or remove it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,12 +86,21 @@ def sample(
         if solver != "euler":
             raise UserError(f"--teacher-first goes in Euler (DDIM) steps; remove --solver {solver}")
         traces = _hybrid(source, labels, device, teacher_first, teacher, steps)
+    elif placed:
+        traces = _placed(source, labels, prompts, device)
     elif is_student:
         traces = _student(source, labels, device, trace)
     else:
-        traces = _teacher(source, labels, device, 50 if steps is None else steps, solver, trace)
+        asked = {"class_labels": labels, "prompts": prompts, "guidance_scale": guidance_scale}
+        traces = _teacher(source, asked, device, 50 if steps is None else steps, solver, trace)
     _write(traces, range(first_id, first_id + count), batch_size, output, pictures)
     return output
+
+
+def _family(source: str) -> Family:
+    """Of an exported student; a folder that is none is refused later, with the reason."""
+    index = Path(source) / "model_index.json"
+    return read_index(index, source)[1] if index.is_file() else UNET2D
 
 
 def _refuse_occupied(*folders: Path | None) -> None:
@@ -118,7 +130,7 @@ def _asked(labels: tuple[int, ...] | None, classes: int | None) -> Data:
 
 def _student(source: str, labels: tuple[int, ...] | None, device: torch.device, trace: bool) -> Traces:
     """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
-    pipeline, sampler, _ = _exported(source, device)
+    pipeline, sampler, _ = exported(source, device)
     data, calls = _draws(source, pipeline.unet, labels, device), len(sampler.times)
 
     def images(ids: range) -> Tensor:
@@ -130,7 +142,7 @@ def _student(source: str, labels: tuple[int, ...] | None, device: torch.device, 
 
     if not trace or calls == 1:
         return images
-    denoiser, sampler = _few_step(pipeline, sampler)
+    denoiser, sampler = few_step(pipeline, sampler)
 
     def predictions(ids: range) -> Tensor:
         noise = SampleNoise(ids, data.shape, device=device)
@@ -139,23 +151,64 @@ def _student(source: str, labels: tuple[int, ...] | None, device: torch.device, 
     return predictions
 
 
+def _placed(
+    source: str, labels: tuple[int, ...] | None, prompts: str | tuple[str, ...] | None, device: torch.device
+) -> Traces:
+    """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
+    pipeline, sampler, _ = exported(source, device)
+    family = _family(source)
+    data = Data(**recipe(Path(source) / "README.md").get("data", {}))
+    call: dict[str, Any] = dict(family.arguments)
+    if data.resolution:
+        call |= {"height": data.resolution, "width": data.resolution}
+    if family.embeds_guidance(pipeline.components[family.component].config):
+        call["guidance_scale"] = data.guidance_scale
+    if family.encode:
+        every: list[Any] = _prompts_of(source, prompts or data.prompts)
+    else:
+        given = labels or data.class_labels
+        every = list(given) if isinstance(given, tuple) else list(range(1000))
+
+    def images(ids: range) -> Tensor:
+        made = []
+        for k in ids:
+            one = every[k % len(every)]
+            torch.manual_seed(k)
+            told = {"prompt": one} if family.encode else {"class_labels": [one]}
+            made += pipeline(**told, num_inference_steps=len(sampler.times), output_type="np", **call).images.tolist()
+        return torch.tensor(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
+
+    return images
+
+
+def _prompts_of(source: str, prompts: str | tuple[str, ...] | None) -> list[str]:
+    if prompts is None:
+        raise UserError(f"{source} reads prompts, and its card names none; give --prompts")
+    return read_prompts(prompts)
+
+
 def _teacher(
-    source: str, labels: tuple[int, ...] | None, device: torch.device, steps: int, solver: Solver, trace: bool
+    source: str, asked: dict[str, Any], device: torch.device, steps: int, solver: Solver, trace: bool
 ) -> Traces:
     """A teacher's ODE in ``steps`` steps."""
     teacher = load_teacher(source)
-    data = data_free(teacher, _asked(labels, teacher.classes), device)
+    if teacher.classes is not None and asked["class_labels"] is None:
+        asked = {**asked, "class_labels": "uniform"}
+    told = Data(**asked)
+    data, decode = data_free(teacher, told, device), Decoder(teacher)
     try:
         teacher_grid(teacher.denoiser.process, steps)
     except ValueError as error:
         raise UserError(f"--steps: {error}") from None
-    teacher.network.to(device)  # type: ignore[arg-type]
+    teacher.network.to(device)
+    denoiser = teacher.guided(told, data.null)
 
     def traces(ids: range) -> Tensor:
         noise = SampleNoise(ids, data.shape, device=device)()
         if trace:
-            return trace_x0(trace_ode(teacher.denoiser, noise, steps, data.cond(ids), solver=solver))
-        return sample_ode(teacher.denoiser, noise, steps, data.cond(ids), solver=solver)[:, None]
+            seen = trace_x0(trace_ode(denoiser, noise, steps, data.cond(ids), solver=solver))
+            return torch.stack([decode(each) for each in seen.unbind(1)], dim=1)
+        return decode(sample_ode(denoiser, noise, steps, data.cond(ids), solver=solver))[:, None]
 
     return traces
 
@@ -169,15 +222,15 @@ def _hybrid(
     steps: int | None,
 ) -> Traces:
     """The teacher's first steps, then the student's calls."""
-    pipeline, recorded, label = _exported(source, device)
+    pipeline, recorded, label = exported(source, device)
     data = _draws(source, pipeline.unet, labels, device)
-    teacher, guided = _teacher_of(source, teacher_source, device)
+    teacher, guided = teacher_of(source, teacher_source, device)
     if (teacher.sample_shape, teacher.classes) != (data.shape, pipeline.unet.config["num_class_embeds"]):
         raise UserError(f"{teacher.source} and {source} differ in the size of a sample or the number of classes")
     if len(recorded.times) == 1:
-        student, recorded = _one_step(source, pipeline, recorded, label, teacher.denoiser.process)
+        student, recorded = one_step(source, pipeline, recorded, label, teacher.denoiser.process)
     else:
-        student, recorded = _few_step(pipeline, recorded)
+        student, recorded = few_step(pipeline, recorded)
     try:
         sampler = HybridSampler(recorded, teacher_first, steps)
         sampler.check(student.process)
@@ -198,89 +251,3 @@ def _hybrid(
 def _draws(source: str, unet: UNet2DModel, labels: tuple[int, ...] | None, device: torch.device) -> DataFree:
     classes = unet.config["num_class_embeds"]
     return draws(square(unet.config), class_labels(source, classes, _asked(labels, classes)), device)
-
-
-def _exported(source: str, device: torch.device) -> tuple[Any, StudentSampler, float]:
-    """An exported student's pipeline, its sampler in the teacher's times, and the teacher's label of its first call."""
-    try:
-        written = json.loads((Path(source) / DESCRIPTION).read_text())
-        recorded = {**written["sampler"], "times": tuple(written["sampler"]["times"])}
-        sampler, label = StudentSampler(**recorded), float(written["map"]["label"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source}/{DESCRIPTION} is not what an export writes: {error!r}") from None
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(source).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot read the student: {str(error).splitlines()[0]}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, sampler, label
-
-
-def _few_step(pipeline: Any, sampler: StudentSampler) -> tuple[Denoiser, StudentSampler]:  # noqa: ANN401
-    """A student of several calls under the process of its own stock scheduler, which is the teacher's up there."""
-    scheduler = pipeline.scheduler
-    denoiser = Denoiser(pipeline.unet, **read_scheduler(scheduler), call=unet2d.call)
-    scheduler.set_timesteps(len(sampler.times))
-    times = denoiser.process.time_of_label(scheduler.timesteps.double()).tolist()
-    return denoiser, replace(sampler, times=tuple(times), input="unit", target_time=None)
-
-
-def _one_step(
-    source: str,
-    pipeline: Any,  # noqa: ANN401
-    sampler: StudentSampler,
-    label: float,
-    process: NoiseProcess,
-) -> tuple[Denoiser, StudentSampler]:
-    """A student of one call, whose stock scheduler need not be at its true level, at that level of ``process``.
-
-    The export folds the input scale into the network, which takes the noise itself.
-    """
-    time = torch.tensor(sampler.times, dtype=torch.float64)
-    wanted, scale = process.label(time).item(), process.sigma(time).item() if sampler.input == "sigma" else 1.0
-    if not math.isclose(wanted, label, rel_tol=1e-5, abs_tol=1e-3):
-        raise UserError(
-            f"{source} was made from a teacher with another noise schedule: its call is at label {label:.6g}, "
-            f"which would be {wanted:.6g} of this teacher"
-        )
-    scheduler = pipeline.scheduler
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        told, direct, output = scheduler.config["num_train_timesteps"], 1.0, -1.0
-    else:
-        told, alpha = len(scheduler.alphas_cumprod) - 1, scheduler.alphas_cumprod[-1].double().sqrt().item()
-        sigma, is_eps = math.sqrt(1 - alpha**2), scheduler.config["prediction_type"] == "epsilon"
-        direct, output = (1 / alpha, -sigma / alpha) if is_eps else (alpha, -sigma)
-
-    def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
-        unit = x / scale
-        return direct * unit + output * unet2d.call(network, unit, torch.full_like(label, told), cond)
-
-    return Denoiser(pipeline.unet, process, "x0", call), replace(sampler, target_time=None)
-
-
-def _teacher_of(source: str, given: str | None, device: torch.device) -> tuple[Teacher, Denoiser]:
-    """The teacher ``given`` or named by the student's card, and its denoiser with the guidance of the recipe there."""
-    recipe = _recipe(Path(source) / "README.md")
-    name = given or recipe.get("teacher")
-    if not isinstance(name, str):
-        raise UserError(f"the model card of {source} names no teacher; give it with --teacher")
-    try:
-        teacher = load_teacher(name)
-    except UserError as error:
-        raise error if given else UserError(f"{error}; {source}/README.md names it, --teacher gives another") from None
-    teacher.network.to(device)  # type: ignore[arg-type]
-    try:
-        return teacher, teacher.guided(Data(**recipe.get("data", {})))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the recipe in {source}/README.md: {str(error).splitlines()[0]}") from None
-
-
-def _recipe(card: Path) -> dict[str, Any]:
-    """The recipe that ``distill`` wrote into a model card; empty where there is none."""
-    text = card.read_text() if card.is_file() else ""
-    found = re.search(r"^## Recipe$.*?^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    try:
-        recipe = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        recipe = None
-    return recipe if isinstance(recipe, dict) else {}

@@ -1,0 +1,177 @@
+"""Prompts: files, lists, the encoded copy on disk, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from families import build
+from safetensors.torch import load_file
+
+from stepdistill import prompts
+from stepdistill.__main__ import main
+from stepdistill.config import Data
+from stepdistill.data import data_free
+from stepdistill.errors import UserError
+from stepdistill.prompts import encode, read_prompts
+from stepdistill.styles import CAPTIONS, digits_of
+from stepdistill.teacher import load_teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build("sd", tmp_path_factory.mktemp("sd") / "teacher")
+
+
+@pytest.fixture
+def teacher(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    return load_teacher(str(folder))
+
+
+def written(tmp_path, content: bytes) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    return str(path)
+
+
+def test_a_file_gives_one_prompt_a_line_and_an_empty_one_where_it_says_so(tmp_path):
+    file = written(tmp_path, '\ufeffa cat\r\n\n  two dogs  \n""\nein Fuchs im Gr\u00fcn\n'.encode())
+    assert read_prompts(file) == ["a cat", "two dogs", "", "ein Fuchs im Gr\u00fcn"]
+    assert read_prompts(["a", "b", "a"]) == ["a", "b", "a"]
+    assert read_prompts("builtin:digits_text") == list(CAPTIONS)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no file .nowhere\.txt."):
+        read_prompts("nowhere.txt")
+    with pytest.raises(UserError, match="line 2 is not UTF-8"):
+        read_prompts(written(tmp_path, b"a cat\n\xff\xfe dog\n"))
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(written(tmp_path, b"\n \n"))
+
+
+def test_the_conditions_are_those_of_the_stock_pipeline(teacher, folder):
+    made, null = encode(teacher, ["a cat", "", "two dogs"], "rain")
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    for row, prompt in enumerate(["a cat", "", "two dogs"]):
+        positive, negative = pipeline.encode_prompt(prompt, "cpu", 1, True, "rain")  # type: ignore[operator]
+        torch.testing.assert_close(made["encoder_hidden_states"][row], positive[0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(null["encoder_hidden_states"], negative, atol=1e-6, rtol=0)
+
+
+def test_prompts_are_encoded_once(teacher, monkeypatch):
+    first, null = encode(teacher, ["a cat", "two dogs"], None)
+    (kept,) = prompts.CACHE.glob("*.safetensors")
+    assert set(load_file(kept)) == {"encoder_hidden_states", "null.encoder_hidden_states"}
+    monkeypatch.setattr(prompts, "_encode", lambda *_: pytest.fail("encoded again"))
+    again, null_again = encode(teacher, ["a cat", "two dogs"], None)
+    assert torch.equal(first["encoder_hidden_states"], again["encoder_hidden_states"])
+    assert torch.equal(null["encoder_hidden_states"], null_again["encoder_hidden_states"])
+    for other in ((["two dogs", "a cat"], None), (["a cat", "two dogs"], "rain")):
+        with pytest.raises(pytest.fail.Exception):
+            encode(teacher, *other)
+
+
+def test_encoded_prompts_of_another_text_encoder_are_not_used(teacher, folder, tmp_path, monkeypatch):
+    import shutil
+
+    encode(teacher, ["a cat"], None)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    weights = other / "text_encoder/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    monkeypatch.setattr(prompts, "_encode", lambda *_: pytest.fail("encoded again"))
+    with pytest.raises(pytest.fail.Exception):
+        encode(load_teacher(str(other)), ["a cat"], None)
+
+
+def test_a_broken_copy_is_named(teacher):
+    encode(teacher, ["a cat"], None)
+    (kept,) = prompts.CACHE.glob("*.safetensors")
+    kept.write_bytes(b"cut")
+    with pytest.raises(UserError, match="delete the file"):
+        encode(teacher, ["a cat"], None)
+
+
+def test_repeated_prompts_are_drawn_more_often_and_encoded_once(teacher):
+    data = data_free(teacher, Data(prompts=("a", "b", "a", "a")), CPU)
+    rows = data.table["encoder_hidden_states"]
+    assert (len(rows), data.count, data.prompts) == (2, 4, ("a", "b"))
+    assert data.rows(range(4)).tolist() == [0, 1, 0, 0]
+    torch.manual_seed(0)
+    drawn = data.batch(2000).cond["encoder_hidden_states"]
+    assert (drawn == rows[0]).flatten(1).all(1).double().mean().item() == pytest.approx(0.75, abs=0.04)
+
+
+def test_conditions_of_samples_are_balanced_and_no_jackknife_group_is_of_one_kind(teacher):
+    data = data_free(teacher, Data(prompts=tuple("abcdefghij")), CPU)
+    rows = data.rows(range(200))
+    assert torch.bincount(rows).tolist() == [20] * 10
+    assert len(rows[::10].unique()) == 10
+
+
+@pytest.mark.parametrize(
+    ("source", "data", "message"),
+    [
+        ("text", {}, "reads prompts; set data.prompts"),
+        ("text", {"prompts": ("a",), "class_labels": (1,)}, "reads prompts, not class labels"),
+        ("pixels", {"prompts": ("a",)}, "reads no prompts"),
+        ("pixels", {"negative_prompt": "a"}, "reads no prompts"),
+    ],
+)
+def test_conditions_that_a_teacher_does_not_take_are_refused(source, data, message, teacher, teachers):
+    loaded = teacher if source == "text" else load_teacher(str(teachers("ddpm")))
+    with pytest.raises(UserError, match=message):
+        data_free(loaded, Data(**data), CPU)
+
+
+def test_resolution_must_fit_the_vae(folder):
+    assert load_teacher(str(folder), resolution=32).sample_shape == (4, 16, 16)
+    with pytest.raises(UserError, match="must be a multiple of 2"):
+        load_teacher(str(folder), resolution=33)
+
+
+def test_the_digit_that_a_caption_names():
+    found = digits_of(["a bold handwritten three", "zero"])
+    assert found is not None
+    assert found.tolist() == [3, 0]
+    assert digits_of(["a cat"]) is None
+    assert digits_of(["one or two"]) is None
+
+
+def run(*words) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(word) for word in words])
+    return int(stopped.value.code or 0)
+
+
+def test_sampling_a_teacher_and_its_student_with_prompts(teacher, folder, tmp_path, capsys):
+    settings = {
+        "teacher": str(folder),
+        "output_dir": str(tmp_path / "run"),
+        "steps": 1,
+        "method": {"name": "sid", "input": "unit"},
+        "data": {"prompts": ["a cat", "two dogs"]},
+        "training": {"batch_size": 2, "trackers": [], "preview_samples": 2},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(settings))
+    assert run("distill", "--config", recipe) == 0
+    student = tmp_path / "run/student"
+    assert run("sample", student, "--out", tmp_path / "a", "--count", 2) == 0
+    assert (
+        run("sample", student, "--out", tmp_path / "b", "--count", 1, "--first-id", 1, "--prompt", "x", "two dogs") == 0
+    )
+    assert (tmp_path / "a/000001.png").read_bytes() == (tmp_path / "b/000001.png").read_bytes()
+    scale = ("--guidance-scale", 3)
+    assert run("sample", folder, "--out", tmp_path / "c", "--count", 1, "--steps", 2, "--prompt", "a cat", *scale) == 0
+    assert run("sample", folder, "--out", tmp_path / "d", "--count", 1) == 2
+    assert "set data.prompts" in capsys.readouterr().err
+    assert run("sample", student, "--out", tmp_path / "d", *scale) == 2
+    assert run("sample", student, "--out", tmp_path / "d", "--teacher-first", 1) == 2
+    assert not (tmp_path / "d").exists()
