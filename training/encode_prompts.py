@@ -1,0 +1,38 @@
+"""Encode the prompts of a recipe ahead of its run, for example where there is memory for the text encoders.
+
+    python training/encode_prompts.py --config RECIPE data.prompts=prompts.txt
+
+``distill`` does the same when it starts; what is encoded once is read from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+from stepdistill.config import Config, parse
+from stepdistill.data import data_free
+from stepdistill.errors import UserError
+from stepdistill.teacher import load_teacher
+
+
+def main() -> None:
+    """Encode, and say how many distinct prompts there are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, or the name of a bundled recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    try:
+        config = parse(Config, arguments.config, arguments.overrides)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        made = data_free(load_teacher(config.teacher, resolution=config.data.resolution), config.data, device)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{len(made.prompts)} distinct prompts are encoded")
+
+
+if __name__ == "__main__":
+    main()
