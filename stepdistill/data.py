@@ -118,7 +118,7 @@ def real_images(teacher: Teacher, real_data: RealData) -> Tensor:
         UserError: they are unreadable, or not of the teacher's size; or the teacher wants labels for them, or makes
             latents.
     """
-    if teacher.scale > 1:
+    if teacher.makes_latents:
         raise UserError("real_data: images of a teacher with a VAE would need encoding; this is not supported")
     images = to_float(load_images(real_data.images))
     if images.shape[1:] != teacher.sample_shape:

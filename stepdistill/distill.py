@@ -253,6 +253,8 @@ def _check_roles(stage: Stage, teacher: Teacher) -> None:
     for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):
         if unknown := set(named) - roles:
             raise UserError(f"training.{section} names {sorted(unknown)}; the roles are {sorted(roles)}")
+    if teacher.makes_latents and method.sampler(teacher.denoiser.process).clip_sample:
+        raise UserError(f"{teacher.source} makes latents, which have no range to clip to; set method.clip_sample=false")
     for role, lora in training.lora.items():
         check_lora(teacher.network, lora, role)
     if method.two_times and "student" in training.lora:

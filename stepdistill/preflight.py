@@ -88,7 +88,7 @@ def check_evaluation(evaluate: Evaluate | None, teacher: Teacher) -> None:
 def _picture_shape(teacher: Teacher) -> tuple[int, int, int]:
     """``(C, H, W)`` of a picture: a sample, or what the VAE makes of it."""
     channels, height, width = teacher.sample_shape
-    return channels if teacher.scale == 1 else 3, height * teacher.scale, width * teacher.scale
+    return 3 if teacher.makes_latents else channels, height * teacher.scale, width * teacher.scale
 
 
 def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:

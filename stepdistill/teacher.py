@@ -48,6 +48,11 @@ class Teacher:
     """Number of class labels; ``None`` for a network without."""
 
     @property
+    def makes_latents(self) -> bool:
+        """Whether a VAE makes pictures of the samples."""
+        return (self.folder / "vae").is_dir()
+
+    @property
     def picture_size(self) -> int:
         """Height in pixels of a picture."""
         return self.sample_shape[-1] * self.scale

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from stepdistill import prompts
 from stepdistill.__main__ import main
-from stepdistill.config import Data
+from stepdistill.config import Config, Data
 from stepdistill.data import data_free
+from stepdistill.distill import distill
 from stepdistill.errors import UserError
 from stepdistill.prompts import encode, read_prompts
 from stepdistill.styles import CAPTIONS, digits_of
@@ -128,6 +129,30 @@ def test_conditions_that_a_teacher_does_not_take_are_refused(source, data, messa
     loaded = teacher if source == "text" else load_teacher(str(teachers("ddpm")))
     with pytest.raises(UserError, match=message):
         data_free(loaded, Data(**data), CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"name": "sid", "input": "unit", "clip_sample": True}}, "set method.clip_sample=false"),
+        ({"method": {"name": "sid"}}, "set method.input=unit"),
+        ({"real_data": {"images": "builtin:digits"}}, "real_data"),
+        ({"evaluate": {"reference": "builtin:digits", "samples": 20, "teacher_steps": [2000]}}, "at most the 1000"),
+        ({"training": {"lora": {"student": {"targets": ["to_nothing"]}}}}, "to_nothing matches no layer"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_before_anything_is_written(changes, message, teacher, folder, tmp_path):
+    settings = {
+        "teacher": str(folder),
+        "output_dir": str(tmp_path / "run"),
+        "steps": 1,
+        "method": {"name": "sid", "input": "unit"},
+        "data": {"prompts": ["a cat"]},
+        **changes,
+    }
+    with pytest.raises(UserError, match=message):
+        distill(Config.model_validate(settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_resolution_must_fit_the_vae(folder):
