@@ -106,6 +106,8 @@ def check_conditions(teacher: Teacher, data: Data) -> list[str] | None:
         return None
     if data.class_labels is not None or data.null_label is not None:
         raise UserError(f"{teacher.source} reads prompts, not class labels; set data.prompts")
+    if teacher.embeds_guidance and (data.negative_prompt is not None or data.guidance_interval != (0.0, 1.0)):
+        raise UserError(f"{teacher.source} is told its scale; remove data.negative_prompt and data.guidance_interval")
     if data.prompts is None:
         raise UserError(f"{teacher.source} reads prompts; set data.prompts to a text file with one prompt a line")
     return read_prompts(data.prompts)

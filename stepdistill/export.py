@@ -109,6 +109,8 @@ def export(
         assert host is not None
         _replace(host, network, hosted.scheduler, temporary)
     description = {"sampler": asdict(sampler), "map": asdict(hosted.map), "label": hosted.label, "steps": hosted.steps}
+    if host:
+        description["call"] = {key: value for key, value in host.call.items() if not isinstance(value, list)}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     error = export_error(denoiser, sampler, temporary, shape=shape, cond=cond, host=host)
     if not error < 1e-4:
@@ -138,10 +140,10 @@ def export_lora(
         RuntimeError: the teacher's pipeline with the adapters differs from the sampler by more than 1e-4.
     """
     component, source = host.teacher.family.component, host.teacher.folder
-    pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(source))
-    folded = not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6)
-    if folded or not isinstance(pipeline, LoraBaseMixin):
+    whole = math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6)
+    if not (whole and issubclass(_pipeline_class(source), LoraBaseMixin)):
         return False
+    pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(source))
     temporary, network = folder.with_name(folder.name + ".tmp"), cast(Any, denoiser.network)
     shutil.rmtree(temporary, ignore_errors=True)
     layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values())).to_dict()
@@ -163,12 +165,16 @@ def export_lora(
 def empty_parts(folder: Path) -> dict[str, None]:
     """What loading a pipeline must be told to do without: SD3 saved without its T5 does not load otherwise."""
     index = json.loads((folder / "model_index.json").read_text())
-    optional = getattr(diffusers, index["_class_name"])._optional_components
+    optional = _pipeline_class(folder)._optional_components
     return {
         name: None
         for name, value in index.items()
         if isinstance(value, list) and value[1] is None and name not in optional
     }
+
+
+def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
+    return getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
 
 
 def _replace(host: Host, network: Any, scheduler: Any, folder: Path) -> None:  # noqa: ANN401
@@ -228,6 +234,8 @@ def _error_in_place(
 ) -> float:
     """Sample by sample: some stock pipelines draw the noise of later steps from torch's global generator."""
     decode, worst = Decoder(host.teacher), 0.0
+    if "safety_checker" in pipeline.components:  # it would blacken what is compared
+        pipeline.safety_checker = None
     for k in range(len(next(iter(cond.values())))):
         one = {key: value[k] if isinstance(value, list) else value for key, value in host.call.items()}
         torch.manual_seed(k)

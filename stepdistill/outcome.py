@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbones.unet2d import UNET2D
+from .bundled import BUILTIN
 from .config import Config
 from .data import DataFree
 from .decoder import Decoder
@@ -82,7 +83,10 @@ class Outcome:
             if export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
                 print(f"\nadapters {folder}, for the teacher's own pipeline:\n")
                 kind = type(hosted.scheduler).__name__
-                print(usage_of_adapters(folder, self.config.teacher, kind, hosted.steps, host.call))
+                source, where = self.config.teacher, self.teacher.folder
+                local = source.startswith(BUILTIN) or Path(source).expanduser().is_dir()
+                named = where.as_posix() if local else source
+                print(usage_of_adapters(folder, named, kind, hosted.steps, host.call, empty_parts(where)))
 
     def _usage(self, folder: Path, steps: int) -> str:
         return usage(folder, steps, self._call(), empty_parts(self.student_folder))

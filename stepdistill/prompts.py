@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def encode(
             raise UserError(f"cannot read the encoded prompts in {path}: {error}; delete the file") from None
     made, null = _encode(teacher, prompts, negative, device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     save_file({**_plain(made), **{_NULL + key: value for key, value in _plain(null).items()}}, temporary)
     temporary.replace(path)
     return made, null
@@ -125,15 +127,16 @@ def _text_part(teacher: Teacher, family: Family, device: torch.device | str) -> 
 
 
 def _fingerprint(teacher: Teacher, prompts: Sequence[str], negative: str | None) -> str:
-    """Of the text encoders' files (names, sizes and first megabyte), the picture size and all prompts."""
+    """Of the text encoders' files, the pipeline's and the network's settings, the picture size and all prompts."""
     digest = hashlib.sha256()
     names = [*teacher.folder.glob("text_encoder*/*"), *teacher.folder.glob("tokenizer*/*")]
     for path in sorted(path for path in names if path.is_file()):
         with path.open("rb") as file:
-            head = file.read(2**20)
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode() + head)
-    told = [type(teacher.network).__name__, teacher.picture_size, negative, list(prompts)]
-    digest.update(json.dumps(told).encode())
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.parent.name}/{path.name} {content}".encode())
+    index = (teacher.folder / "model_index.json").read_text()
+    told = [index, dict(teacher.network.config), teacher.picture_size, negative, list(prompts)]
+    digest.update(json.dumps(told, default=str).encode())
     return digest.hexdigest()[:32]
 
 

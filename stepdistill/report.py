@@ -111,9 +111,11 @@ def usage(folder: Path, steps: int, call: dict[str, Any], without: Iterable[str]
     )
 
 
-def usage_of_adapters(folder: Path, teacher: str, scheduler: str, steps: int, call: dict[str, Any]) -> str:
+def usage_of_adapters(
+    folder: Path, teacher: str, scheduler: str, steps: int, call: dict[str, Any], without: Iterable[str]
+) -> str:
     """The lines of Python that use a student's adapters in the teacher's pipeline."""
-    first, load, image, save = usage(Path(teacher), steps, call).split("\n")
+    first, load, image, save = usage(Path(teacher), steps, call, without).split("\n")
     return "\n".join(
         [
             f"{first}, {scheduler}",

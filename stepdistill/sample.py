@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,10 @@ def sample(
         raise UserError(f"--labels must not be negative, got {list(labels)}")
     is_student = (Path(source) / DESCRIPTION).is_file()
     placed = is_student and _family(source) is not UNET2D
-    if is_student and guidance_scale != 1:
-        raise UserError("--guidance-scale is for a teacher; a student has learned its own")
-    if placed and (teacher_first or trace):
-        raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE")
+    if is_student:
+        _refuse_for_student(source, labels, prompts, guidance_scale, in_steps=bool(teacher_first or trace))
+    if guidance_scale < 0:
+        raise UserError(f"--guidance-scale must not be negative, got {guidance_scale}")
     if teacher_first == 0 and teacher is not None:
         raise UserError("--teacher is for --teacher-first only; give the number of its calls or remove it")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,6 +102,25 @@ def _family(source: str) -> Family:
     """Of an exported student; a folder that is none is refused later, with the reason."""
     index = Path(source) / "model_index.json"
     return read_index(index, source)[1] if index.is_file() else UNET2D
+
+
+def _refuse_for_student(
+    source: str,
+    labels: tuple[int, ...] | None,
+    prompts: str | tuple[str, ...] | None,
+    guidance_scale: float,
+    *,
+    in_steps: bool,
+) -> None:
+    reads, placed = _family(source).encode is not None, _family(source) is not UNET2D
+    if guidance_scale != 1:
+        raise UserError("--guidance-scale is for a teacher; a student has learned its own")
+    if prompts is not None and not reads:
+        raise UserError(f"{source} reads no prompts; remove --prompt")
+    if labels is not None and reads:
+        raise UserError(f"{source} reads prompts; remove --labels")
+    if in_steps and placed:
+        raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE")
 
 
 def _refuse_occupied(*folders: Path | None) -> None:
@@ -157,17 +177,13 @@ def _placed(
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
     pipeline, sampler, _ = exported(source, device)
     family = _family(source)
-    data = Data(**recipe(Path(source) / "README.md").get("data", {}))
-    call: dict[str, Any] = dict(family.arguments)
-    if data.resolution:
-        call |= {"height": data.resolution, "width": data.resolution}
-    if family.embeds_guidance(pipeline.components[family.component].config):
-        call["guidance_scale"] = data.guidance_scale
+    call = json.loads((Path(source) / DESCRIPTION).read_text())["call"]
+    data = recipe(Path(source) / "README.md").get("data", {})
     if family.encode:
-        every: list[Any] = _prompts_of(source, prompts or data.prompts)
+        every: list[Any] = _prompts_of(source, prompts or data.get("prompts"))
     else:
-        given = labels or data.class_labels
-        every = list(given) if isinstance(given, tuple) else list(range(1000))
+        given = labels or data.get("class_labels")
+        every = list(given) if isinstance(given, tuple | list) else list(range(1000))
 
     def images(ids: range) -> Tensor:
         made = []
@@ -175,8 +191,9 @@ def _placed(
             one = every[k % len(every)]
             torch.manual_seed(k)
             told = {"prompt": one} if family.encode else {"class_labels": [one]}
-            made += pipeline(**told, num_inference_steps=len(sampler.times), output_type="np", **call).images.tolist()
-        return torch.tensor(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
+            shown = pipeline(**told, num_inference_steps=len(sampler.times), output_type="np", **call).images
+            made.append(torch.from_numpy(shown))
+        return torch.cat(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
     return images
 

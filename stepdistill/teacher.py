@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -86,7 +86,8 @@ class Teacher:
             uncond = None
         if data.guidance_scale == 1.0 and (data.null_label is None or uncond is None):
             return self.denoiser
-        if uncond is None or (data.null_label is not None and data.null_label >= (self.classes or 0)):
+        known = data.null_label in (None, self.family.null_label) or cast(int, data.null_label) < (self.classes or 0)
+        if uncond is None or not known:
             raise UserError(
                 f"data.guidance_scale={data.guidance_scale} needs a class-conditional teacher and data.null_label, "
                 f"the label that means 'no class'; {self.source} has "
@@ -164,8 +165,11 @@ def _shape(family: Family, config: dict[str, Any], resolution: int | None, scale
     channels, height, width = family.shape(config)
     if resolution is None:
         return channels, height, width
-    if resolution % scale:
-        raise UserError(f"data.resolution={resolution} must be a multiple of {scale} for this teacher")
+    if family.encode is None and resolution != height * scale:
+        raise UserError(f"data.resolution={resolution}: this pipeline makes {height * scale} only; remove it")
+    patch = family.patch or config.get("patch_size") or 1
+    if resolution % (scale * patch):
+        raise UserError(f"data.resolution={resolution} must be a multiple of {scale * patch} for this teacher")
     return channels, resolution // scale, resolution // scale
 
 

@@ -246,10 +246,12 @@ def test_a_clipped_student_goes_on_from_its_picture(process, renoising):
     assert torch.equal(second.x_t, process.add_noise(first.x0, eps, t))
 
 
-@pytest.mark.parametrize("method", [DMD(clip_sample=True), *(SiD(clip_sample=True, low_memory=m) for m in (0, 1))])
+@pytest.mark.parametrize(
+    "method", [DMD(clip_sample=True), *(SiD(clip_sample=True, low_memory=m) for m in (False, True))]
+)
 def test_nothing_beyond_the_range_of_pictures_moves(method):
     pixels = nn.Parameter(tensor([-1.5, -0.5, 0.5, 1.5]))
-    constant = Denoiser(nn.ParameterList([pixels]), LINEAR, "x0", lambda net, x, label, cond: net[0].expand_as(x))
+    constant = Denoiser(nn.ParameterList([pixels]), LINEAR, "x0", lambda net, x, label, cond: pixels.expand_as(x))
     teacher, fake = (gaussian(mean * torch.ones(4).double(), torch.eye(4).double()).denoiser(LINEAR) for mean in (0, 3))
     nets = {"student": constant, "teacher": teacher, "fake": fake}
     method.student_loss(nets, Batch(torch.randn(8, 4).double())).value.backward()

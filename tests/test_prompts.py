@@ -159,6 +159,8 @@ def test_resolution_must_fit_the_vae(folder):
     assert load_teacher(str(folder), resolution=32).sample_shape == (4, 16, 16)
     with pytest.raises(UserError, match="must be a multiple of 2"):
         load_teacher(str(folder), resolution=33)
+    with pytest.raises(UserError, match="makes 8 only"):
+        load_teacher("builtin:digits", resolution=16)
 
 
 def test_the_digit_that_a_caption_names():
@@ -199,4 +201,6 @@ def test_sampling_a_teacher_and_its_student_with_prompts(teacher, folder, tmp_pa
     assert "set data.prompts" in capsys.readouterr().err
     assert run("sample", student, "--out", tmp_path / "d", *scale) == 2
     assert run("sample", student, "--out", tmp_path / "d", "--teacher-first", 1) == 2
+    assert run("sample", student, "--out", tmp_path / "d", "--labels", 1) == 2
+    assert run("sample", folder, "--out", tmp_path / "d", "--prompt", "a cat", "--guidance-scale=-1") == 2
     assert not (tmp_path / "d").exists()

@@ -44,6 +44,8 @@ class Family:
         shape[1] * shape[2] // config.get("patch_size", 1) ** 2
     )
     """Length of the image sequence of a sample, by which flow schedulers may shift."""
+    patch: int | None = None
+    """Side of the squares that a sample is cut into, where it is not the config's ``patch_size``."""
     classes: Callable[[Config], int | None] = lambda config: None
     """Number of class labels."""
     null_label: int | None = None

@@ -69,6 +69,7 @@ FLUX = Family(
     network=FluxTransformer2DModel,
     call=call,
     shape=lambda config: (config["in_channels"] // 4, 128, 128),
+    patch=2,
     tokens=lambda config, shape: shape[1] * shape[2] // 4,
     output="proj_out",
     encode=_encode,

@@ -67,7 +67,8 @@ def without_guidance(network: UNet2DConditionModel) -> UNet2DConditionModel:
 
     Stable Diffusion's pipelines guide by default (scale 7.5 or 5), but never a network that has such an embedding.
     """
-    if network.config["time_cond_proj_dim"] is not None:
+    if network.config["time_cond_proj_dim"] is not None:  # LCM's, which ``call`` has never told a scale
+        nn.init.zeros_(cast(nn.Linear, network.time_embedding.cond_proj).weight)
         return network
     told = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(network.config, time_cond_proj_dim=256))
     missing, _ = told.load_state_dict(network.state_dict(), strict=False)
