@@ -148,7 +148,7 @@ def test_the_evaluator_counts_the_digits_that_were_asked():
     ],
 )
 def test_evaluation_takes_pictures_that_are_square_multiples_of_8x8(shape, scale, refused):
-    teacher: Any = SimpleNamespace(sample_shape=shape, scale=scale, denoiser=None)
+    teacher: Any = SimpleNamespace(sample_shape=shape, scale=scale, makes_latents=scale > 1, denoiser=None)
     evaluate = Evaluate(reference="builtin:digits_text", teacher_steps=())
     if refused is None:
         check_evaluation(evaluate, teacher)
