@@ -21,7 +21,7 @@ def write_tokenizer(folder: Path, captions: Iterable[str], tokens: int) -> None:
         tokens: the length that prompts are padded to and cut at, both ends included.
     """
     merges = _merges(sorted({word for text in captions for word in text.split()}))
-    letters = _byte_letters()
+    letters = byte_letters()
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges), START, END]
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     folder.mkdir(parents=True)
@@ -44,7 +44,7 @@ def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
     return list(pairs)
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The 256 printable letters that stand for bytes in byte-level BPE (GPT-2, CLIP)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]

@@ -6,7 +6,7 @@ one row per sample; the empty mapping is an unconditional network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ def concatenate(*conds: Cond) -> Cond:
 def repeat(cond: Cond, batch_size: int) -> Cond:
     """Expand a condition of one row to ``batch_size`` rows; a full one is returned as it is."""
     return {key: value.expand(batch_size, *value.shape[1:]) for key, value in cond.items()}
+
+
+def in_turn(ids: Sequence[int], count: int) -> list[int]:
+    """Which of ``count`` conditions the samples ``ids`` are given: all in turn, one further on every round.
+
+    So they are balanced, and every tenth sample, which an error is estimated without, is not of one class.
+    """
+    return [(k + k // count) % count for k in ids]
 
 
 def select(cond: Cond, selected: slice | Tensor) -> Cond:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .conditions import NO_COND, Cond, select
+from .conditions import NO_COND, Cond, in_turn, select
 from .config import Data, RealData
 from .errors import UserError
 from .images import load_images, to_float
@@ -52,12 +52,8 @@ class DataFree:
         return len(next(iter(self.table.values()))) if self.order is None else len(self.order)
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Rows of ``table`` of the samples ``ids`` in previews and evaluation: all in turn, one further on every round.
-
-        So they are balanced, and every tenth sample, which an error is estimated without, is not of one class.
-        """
-        k = torch.tensor(list(ids))
-        return self._ordered((k + k // self.count) % self.count)
+        """Rows of ``table`` of the samples ``ids`` in previews and evaluation, in turn."""
+        return self._ordered(torch.tensor(in_turn(ids, self.count)))
 
     def cond(self, ids: Sequence[int]) -> Cond:
         """The conditions of the samples ``ids``."""
@@ -84,10 +80,7 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
     place = {prompt: row for row, prompt in enumerate(distinct)}
     table, null = encode(teacher, distinct, data.negative_prompt, device=device)
     if teacher.embeds_guidance:
-        table, null = (
-            {**cond, "guidance": torch.full((size,), float(data.guidance_scale))}
-            for cond, size in ((table, len(distinct)), (null, 1))
-        )
+        table = {**table, "guidance": torch.full((len(distinct),), float(data.guidance_scale))}
     null = {key: value.to(device) for key, value in null.items()}
     order = torch.tensor([place[prompt] for prompt in prompts])
     return DataFree(teacher.sample_shape, device, table, order, null, tuple(distinct))

@@ -61,6 +61,11 @@ class Evaluator:
             sums.add(self.extractor(images[start : start + 1000]), start)
         return sums
 
+    def floor(self, images: Tensor, seed: int) -> float:
+        """Distance of a random half of the reference's own ``images``: what no generator can be asked to beat."""
+        half = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: len(images) // 2]
+        return self.reference.distance(self.moments(images[half]))
+
     @torch.no_grad()
     def measure(
         self,

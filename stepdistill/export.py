@@ -16,16 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
 from peft import get_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
 from .backbones import Family
-from .backbones.flux import FLUX, unpacked
 from .backbones.two_times import TargetTime
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
@@ -35,7 +33,7 @@ from .hosting import Plan
 from .lora import merged
 from .process import NoiseProcess
 from .samplers import SampleNoise, StudentSampler
-from .teacher import Teacher
+from .teacher import Teacher, components, pipeline_class
 
 DESCRIPTION = "stepdistill.json"
 """How a student generates, beside its pipeline."""
@@ -113,6 +111,10 @@ def export(
         description["call"] = {key: value for key, value in host.call.items() if not isinstance(value, list)}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     error = export_error(denoiser, sampler, temporary, shape=shape, cond=cond, host=host)
+    _accept(temporary, folder, error)
+
+
+def _accept(temporary: Path, folder: Path, error: float) -> None:
     if not error < 1e-4:
         raise RuntimeError(f"the exported pipeline differs from the student's sampler by {error:.2g}; kept {temporary}")
     shutil.rmtree(folder, ignore_errors=True)
@@ -139,11 +141,11 @@ def export_lora(
     Raises:
         RuntimeError: the teacher's pipeline with the adapters differs from the sampler by more than 1e-4.
     """
-    component, source = host.teacher.family.component, host.teacher.folder
+    teacher, component = host.teacher, host.teacher.family.component
     whole = math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6)
-    if not (whole and issubclass(_pipeline_class(source), LoraBaseMixin)):
+    if not (whole and issubclass(pipeline_class(teacher.index), LoraBaseMixin)):
         return False
-    pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(source))
+    pipeline: Any = DiffusionPipeline.from_pretrained(teacher.folder, **empty_parts(teacher.index))
     temporary, network = folder.with_name(folder.name + ".tmp"), cast(Any, denoiser.network)
     shutil.rmtree(temporary, ignore_errors=True)
     layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values())).to_dict()
@@ -153,28 +155,14 @@ def export_lora(
     pipeline.load_lora_weights(temporary)
     pipeline.scheduler = hosted.scheduler
     pipeline.set_progress_bar_config(disable=True)
-    student = replace(denoiser, network=copy.deepcopy(network).cpu())
-    error = _error_in_place(pipeline, student, sampler, host, {k: v.cpu() for k, v in cond.items()}, shape)
-    if not error < 1e-4:
-        raise RuntimeError(f"the teacher with the adapters differs from the student by {error:.2g}; kept {temporary}")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    _accept(temporary, folder, _error_in_place(pipeline, *_on_cpu(denoiser, cond), sampler, host, shape))
     return True
 
 
-def empty_parts(folder: Path) -> dict[str, None]:
+def empty_parts(index: dict[str, Any]) -> dict[str, None]:
     """What loading a pipeline must be told to do without: SD3 saved without its T5 does not load otherwise."""
-    index = json.loads((folder / "model_index.json").read_text())
-    optional = _pipeline_class(folder)._optional_components
-    return {
-        name: None
-        for name, value in index.items()
-        if isinstance(value, list) and value[1] is None and name not in optional
-    }
-
-
-def _pipeline_class(folder: Path) -> type[DiffusionPipeline]:
-    return getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
+    optional = pipeline_class(index)._optional_components
+    return {name: None for name, kind in components(index).items() if kind is None and name not in optional}
 
 
 def _replace(host: Host, network: Any, scheduler: Any, folder: Path) -> None:  # noqa: ANN401
@@ -182,16 +170,14 @@ def _replace(host: Host, network: Any, scheduler: Any, folder: Path) -> None:  #
 
     Tokenizers and encoders that one version of transformers writes again, another may not read.
     """
-    source, component = host.teacher.folder, host.teacher.family.component
-    index = json.loads((source / "model_index.json").read_text())
-    parts = [name for name, value in index.items() if isinstance(value, list) and value[1] is not None]
+    teacher, component = host.teacher, host.teacher.family.component
     folder.mkdir(parents=True)
-    for name in parts:
-        if name not in (component, "scheduler"):
-            shutil.copytree(source / name, folder / name)
+    for name, kind in components(teacher.index).items():
+        if kind and name not in (component, "scheduler"):
+            shutil.copytree(teacher.folder / name, folder / name)
     network.save_pretrained(folder / component)
     scheduler.save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index = {**teacher.index, "scheduler": ["diffusers", type(scheduler).__name__]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -206,11 +192,10 @@ def export_error(
     host: Host | None = None,
 ) -> float:
     """Largest difference in [0, 1] between the reloaded pipeline's pictures and the sampler's, over the samples."""
-    # Both sides on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would.
-    student = replace(denoiser, network=copy.deepcopy(denoiser.network).cpu())
-    told = {key: value.cpu() for key, value in cond.items()}
+    student, told = _on_cpu(denoiser, cond)
     logging.disable_progress_bar()
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty_parts(folder))
+    empty = empty_parts(host.teacher.index) if host else {}
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty)
     pipeline.set_progress_bar_config(disable=True)
     calls = len(sampler.times)
     if host is None:
@@ -221,15 +206,21 @@ def export_error(
             batch_size=4, num_inference_steps=calls, generator=generators, output_type="np", **told
         ).images
         return (torch.from_numpy(output).permute(0, 3, 1, 2) - (images / 2 + 0.5).clamp(0, 1)).abs().max().item()
-    return _error_in_place(pipeline, student, sampler, host, told, shape)
+    return _error_in_place(pipeline, student, told, sampler, host, shape)
+
+
+def _on_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
+    """Copies for a comparison on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would."""
+    network = copy.deepcopy(denoiser.network).cpu()
+    return replace(denoiser, network=network), {key: value.cpu() for key, value in cond.items()}
 
 
 def _error_in_place(
     pipeline: Any,  # noqa: ANN401
     student: Denoiser,
+    cond: Cond,
     sampler: StudentSampler,
     host: Host,
-    cond: Cond,
     shape: tuple[int, ...],
 ) -> float:
     """Sample by sample: some stock pipelines draw the noise of later steps from torch's global generator."""
@@ -237,24 +228,12 @@ def _error_in_place(
     if "safety_checker" in pipeline.components:  # it would blacken what is compared
         pipeline.safety_checker = None
     for k in range(len(next(iter(cond.values())))):
-        one = {key: value[k] if isinstance(value, list) else value for key, value in host.call.items()}
+        one = {key: value[k : k + 1] if isinstance(value, list) else value for key, value in host.call.items()}
         torch.manual_seed(k)
-        made = pipeline(num_inference_steps=len(sampler.times), output_type="np", **_alone(one)).images
+        made = pipeline(num_inference_steps=len(sampler.times), output_type="np", **one).images
         torch.manual_seed(k)
         noise, mine = torch.randn(1, *shape), {key: value[k : k + 1] for key, value in cond.items()}
-        drawn = sampler(student, noise, mine, renoise=lambda: _step_noise(host.teacher.family, shape))
+        drawn = sampler(student, noise, mine, renoise=lambda: host.teacher.family.later_noise(shape))
         expected = (decode(drawn) / 2 + 0.5).clamp(0, 1)
         worst = max(worst, (torch.from_numpy(made).permute(0, 3, 1, 2) - expected).abs().max().item())
     return worst
-
-
-def _alone(call: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for one sample; class labels go in a list, a prompt by itself."""
-    return {key: [value] if key == "class_labels" else value for key, value in call.items()}
-
-
-def _step_noise(family: Family, shape: tuple[int, ...]) -> Tensor:
-    """Noise of a later step in the order in which the stock pipeline draws it: Flux's goes to tokens."""
-    if family is FLUX:
-        return unpacked(torch.randn(1, shape[1] * shape[2] // 4, shape[0] * 4), shape[1] // 2, shape[2] // 2)
-    return torch.randn(1, *shape)

@@ -26,8 +26,6 @@ from .errors import UserError
 from .process import VP, Flow
 from .samplers import StudentSampler
 
-_UNIT = "set method.input=unit"
-
 
 @dataclass(frozen=True)
 class OneStepMap:
@@ -79,32 +77,28 @@ def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None, fa
     Raises:
         UserError: stock diffusers has no place for this student.
     """
+    first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    make = _one_step_plan if len(sampler.times) == 1 else _few_step_plan
+    scaled = not math.isclose(first.input, 1.0, rel_tol=1e-12)
     if family is UNET2D:
-        return _pixel_plan(denoiser, sampler, classes=classes)
-    student = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
-    if not math.isclose(student.input, 1.0, rel_tol=1e-12):
-        raise UserError(f"the input scale of this student cannot be folded into {family.network.__name__}; {_UNIT}")
-    if student.label < 1 or abs(student.label - round(student.label)) > 1e-6:
+        if scaled and len(sampler.times) == 1:
+            _refuse_unscalable(denoiser.network)
+        return make(denoiser, sampler, first, classes=classes)
+    if scaled:
         raise UserError(
-            f"the stock scheduler counts its timesteps, this student enters at {student.label:.4g}; choose "
+            f"the input scale of this student cannot be folded into {family.network.__name__}; set method.input=unit"
+        )
+    if first.label < 1 or abs(first.label - round(first.label)) > 1e-6:
+        raise UserError(
+            f"the stock scheduler counts its timesteps, this student enters at {first.label:.4g}; choose "
             "method.init_ratio or method.t_max at a whole one"
         )
     if family.encode is None and isinstance(denoiser.process, Flow):
         raise UserError(f"no stock pipeline runs a flow student of {family.network.__name__}")
-    made = (_one_step_plan if len(sampler.times) == 1 else _few_step_plan)(denoiser, sampler, classes=None)
-    return replace(made, pipeline=None)
+    return replace(make(denoiser, sampler, first, classes=None), pipeline=None)
 
 
-def _pixel_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
-    if len(sampler.times) > 1:
-        return _few_step_plan(denoiser, sampler, classes=classes)
-    if sampler.input != "unit":
-        _refuse_unscalable(denoiser.network)
-    return _one_step_plan(denoiser, sampler, classes=classes)
-
-
-def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
-    student = one_step_map(denoiser, sampler)
+def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, student: OneStepMap, *, classes: int | None) -> Plan:
     nearest = round(student.label)
     label = nearest if nearest >= 1 and math.isclose(nearest, student.label, abs_tol=1e-6) else 1
     if abs(student.direct - 1) < 1e-6:  # x0 = noise - output: no DDPM table has alpha = 1, a flow step does this
@@ -131,9 +125,9 @@ def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int 
     return Plan(ConsistencyModelPipeline, scheduler, 1, student, output, label)
 
 
-def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None) -> Plan:
+def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, first: OneStepMap, *, classes: int | None) -> Plan:
     """Schedulers whose own grid for ``steps`` calls is the sampler's, so that plain lines are right."""
-    steps, first = len(sampler.times), one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    steps = len(sampler.times)
     refusal = f"no stock scheduler runs this student in {steps} steps"
     if sampler.renoising == "fixed":
         raise UserError(f"{refusal}: it re-uses its first noise; set method.renoising=fresh or ddim")

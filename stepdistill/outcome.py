@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbones.unet2d import UNET2D
-from .bundled import BUILTIN
 from .config import Config
 from .data import DataFree
 from .decoder import Decoder
@@ -24,7 +23,7 @@ from .hosting import Plan
 from .report import card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .styles import digits_of
-from .teacher import Teacher
+from .teacher import Teacher, is_local
 
 _PICTURE = "student.png"
 _SHOWN = 64
@@ -82,14 +81,12 @@ class Outcome:
             folder = self.folder / "student_lora"
             if export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
                 print(f"\nadapters {folder}, for the teacher's own pipeline:\n")
-                kind = type(hosted.scheduler).__name__
-                source, where = self.config.teacher, self.teacher.folder
-                local = source.startswith(BUILTIN) or Path(source).expanduser().is_dir()
-                named = where.as_posix() if local else source
-                print(usage_of_adapters(folder, named, kind, hosted.steps, host.call, empty_parts(where)))
+                source = self.teacher.folder if is_local(self.config.teacher) else Path(self.config.teacher)
+                kind, without = type(hosted.scheduler).__name__, empty_parts(self.teacher.index)
+                print(usage_of_adapters(folder, source, kind, hosted.steps, host.call, without))
 
     def _usage(self, folder: Path, steps: int) -> str:
-        return usage(folder, steps, self._call(), empty_parts(self.student_folder))
+        return usage(folder, steps, self._call(), empty_parts(self.teacher.index))
 
     def _call(self) -> dict[str, Any]:
         """What a stock call says beside its number of steps, for the samples 0 and 1."""
@@ -109,14 +106,15 @@ class Outcome:
     @torch.no_grad()
     def _generate(self, denoiser: Denoiser, ids: range, how: StudentSampler | int) -> Tensor:
         """The pictures of the samples ``ids``, as a student makes them or in that many DDIM steps."""
-        if len(ids) > self.at_once:
-            parts = [ids[start : start + self.at_once] for start in range(0, len(ids), self.at_once)]
-            return torch.cat([self._generate(denoiser, part, how) for part in parts])
-        noise = SampleNoise(ids, self.teacher.sample_shape, device=self.data.device)
-        cond = self.data.cond(ids)
-        if isinstance(how, int):
-            return self.decode(sample_ode(denoiser, noise(), how, cond))
-        return self.decode(how(denoiser, noise(), cond, renoise=noise))
+        made = []
+        for start in range(0, len(ids), self.at_once):
+            part = ids[start : start + self.at_once]
+            noise, cond = SampleNoise(part, self.teacher.sample_shape, device=self.data.device), self.data.cond(part)
+            if isinstance(how, int):
+                made.append(sample_ode(denoiser, noise(), how, cond))
+            else:
+                made.append(how(denoiser, noise(), cond, renoise=noise))
+        return self.decode(torch.cat(made))
 
     def _measure(self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int) -> Measurement:
         assert self.evaluator is not None

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,7 +24,7 @@ from .bundled import BUILTIN
 from .conditions import Cond, concatenate
 from .errors import UserError
 from .styles import CAPTIONS
-from .teacher import Teacher
+from .teacher import Teacher, components, pipeline_class
 
 CACHE = Path(HF_HOME) / "stepdistill" / "prompts"
 """Where encoded prompts are kept, one file per text encoder and list of prompts."""
@@ -76,7 +77,7 @@ def encode(
     if path.is_file():
         try:
             return _split(load_file(path))
-        except Exception as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the encoded prompts in {path}: {error}; delete the file") from None
     made, null = _encode(teacher, prompts, negative, device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,31 +93,30 @@ def _encode(
 ) -> tuple[Cond, Cond]:
     family, config, size = teacher.family, teacher.network.config, teacher.picture_size
     assert family.encode is not None
-    assert family.null is not None
     pipeline = _text_part(teacher, family, device)
     batches = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
     bar = tqdm(batches, desc="encode prompts", mininterval=1, disable=len(batches) < 2)
     made = concatenate(*[family.encode(pipeline, batch, config, size) for batch in bar])
+    if family.null is None:
+        return made, family.encode(pipeline, [negative or ""], config, size)
     return made, family.null(pipeline, negative, config, size)
 
 
 def _text_part(teacher: Teacher, family: Family, device: torch.device | str) -> Any:  # noqa: ANN401
     """The stock pipeline with tokenizers, text encoders and a network without weights, whose settings it may read."""
-    index = json.loads((teacher.folder / "model_index.json").read_text())
     with torch.device("meta"):
         skeleton = family.network.from_config(teacher.network.config)
     left_out: dict[str, Any] = {
         name: None
-        for name, value in index.items()
-        if isinstance(value, list)
-        and name != family.component
-        and (value[1] is None or not name.startswith(("text_encoder", "tokenizer", "scheduler")))
+        for name, kind in components(teacher.index).items()
+        if name != family.component
+        and (kind is None or not name.startswith(("text_encoder", "tokenizer", "scheduler")))
     }
     diffusers.utils.logging.disable_progress_bar()
     logging.disable_progress_bar()
     try:
-        kind = getattr(diffusers, index["_class_name"])
-        pipeline = kind.from_pretrained(teacher.folder, **left_out, **{family.component: skeleton})
+        kind = pipeline_class(teacher.index)
+        pipeline: Any = kind.from_pretrained(teacher.folder, **left_out, **{family.component: skeleton})
         for name, part in pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
                 part.to(device)
@@ -134,8 +134,7 @@ def _fingerprint(teacher: Teacher, prompts: Sequence[str], negative: str | None)
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.parent.name}/{path.name} {content}".encode())
-    index = (teacher.folder / "model_index.json").read_text()
-    told = [index, dict(teacher.network.config), teacher.picture_size, negative, list(prompts)]
+    told = [teacher.index, dict(teacher.network.config), teacher.picture_size, negative, list(prompts)]
     digest.update(json.dumps(told, default=str).encode())
     return digest.hexdigest()[:32]
 

@@ -17,6 +17,7 @@ from . import __version__
 from .config import Config
 from .evaluation import Measurement
 from .images import to_picture, to_uint8
+from .teacher import is_local
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,34 +97,35 @@ def usage(folder: Path, steps: int, call: dict[str, Any], without: Iterable[str]
         call: what a call says beside them; of lists, one entry.
         without: components that loading must be told to do without.
     """
+    return "\n".join(["from diffusers import DiffusionPipeline", _loading(folder, without), *_calling(steps, call)])
+
+
+def _loading(folder: Path, without: Iterable[str]) -> str:
     source = ", ".join([f'"{folder.as_posix()}"', *(f"{name}=None" for name in without)])
+    return f"pipe = DiffusionPipeline.from_pretrained({source})"
+
+
+def _calling(steps: int, call: dict[str, Any]) -> list[str]:
     said = {"num_inference_steps": steps, **{key: value for key, value in call.items() if key != "prompt"}}
     if isinstance(said.get("class_labels"), list):
         said["class_labels"] = said["class_labels"][:1]
     words = [repr(prompt) for prompt in call.get("prompt", [])[:1]] + [
         f"{key}={value!r}" for key, value in said.items()
     ]
-    return (
-        "from diffusers import DiffusionPipeline\n"
-        f"pipe = DiffusionPipeline.from_pretrained({source})\n"
-        f"image = pipe({', '.join(words)}).images[0]\n"
-        'image.save("sample.png")'
-    )
+    return [f"image = pipe({', '.join(words)}).images[0]", 'image.save("sample.png")']
 
 
 def usage_of_adapters(
-    folder: Path, teacher: str, scheduler: str, steps: int, call: dict[str, Any], without: Iterable[str]
+    folder: Path, teacher: Path, scheduler: str, steps: int, call: dict[str, Any], without: Iterable[str]
 ) -> str:
     """The lines of Python that use a student's adapters in the teacher's pipeline."""
-    first, load, image, save = usage(Path(teacher), steps, call, without).split("\n")
     return "\n".join(
         [
-            f"{first}, {scheduler}",
-            load,
+            f"from diffusers import DiffusionPipeline, {scheduler}",
+            _loading(teacher, without),
             f'pipe.load_lora_weights("{folder.as_posix()}")',
             f'pipe.scheduler = {scheduler}.from_pretrained("{folder.as_posix()}", subfolder="scheduler")',
-            image,
-            save,
+            *_calling(steps, call),
         ]
     )
 
@@ -144,7 +146,7 @@ def card(
     picture_name: str | None,
 ) -> ModelCard:
     """The model card of a student: what it is, the lines that ``use`` it, how it was made, its numbers."""
-    hub_id = config.teacher if not Path(config.teacher).exists() and ":" not in config.teacher else None
+    hub_id = None if is_local(config.teacher) else config.teacher
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image" if config.data.prompts else "unconditional-image-generation",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from .backbones import Family
 from .backbones.family import square
 from .backbones.unet2d import UNET2D
+from .conditions import in_turn
 from .config import Data
 from .data import DataFree, class_labels, data_free, draws
 from .decoder import Decoder
@@ -73,9 +73,10 @@ def sample(
     if labels is not None and min(labels) < 0:
         raise UserError(f"--labels must not be negative, got {list(labels)}")
     is_student = (Path(source) / DESCRIPTION).is_file()
-    placed = is_student and _family(source) is not UNET2D
-    if is_student:
-        _refuse_for_student(source, labels, prompts, guidance_scale, in_steps=bool(teacher_first or trace))
+    family = _family(source) if is_student else None
+    if family:
+        in_steps = bool(teacher_first or trace)
+        _refuse_for_student(source, family, labels, prompts, guidance_scale, in_steps=in_steps)
     if guidance_scale < 0:
         raise UserError(f"--guidance-scale must not be negative, got {guidance_scale}")
     if teacher_first == 0 and teacher is not None:
@@ -87,9 +88,9 @@ def sample(
         if solver != "euler":
             raise UserError(f"--teacher-first goes in Euler (DDIM) steps; remove --solver {solver}")
         traces = _hybrid(source, labels, device, teacher_first, teacher, steps)
-    elif placed:
-        traces = _placed(source, labels, prompts, device)
-    elif is_student:
+    elif family and family is not UNET2D:
+        traces = _placed(source, family, labels, prompts, device)
+    elif family:
         traces = _student(source, labels, device, trace)
     else:
         asked = {"class_labels": labels, "prompts": prompts, "guidance_scale": guidance_scale}
@@ -106,20 +107,21 @@ def _family(source: str) -> Family:
 
 def _refuse_for_student(
     source: str,
+    family: Family,
     labels: tuple[int, ...] | None,
     prompts: str | tuple[str, ...] | None,
     guidance_scale: float,
     *,
     in_steps: bool,
 ) -> None:
-    reads, placed = _family(source).encode is not None, _family(source) is not UNET2D
+    reads = family.encode is not None
     if guidance_scale != 1:
         raise UserError("--guidance-scale is for a teacher; a student has learned its own")
     if prompts is not None and not reads:
         raise UserError(f"{source} reads no prompts; remove --prompt")
     if labels is not None and reads:
         raise UserError(f"{source} reads prompts; remove --labels")
-    if in_steps and placed:
+    if in_steps and family is not UNET2D:
         raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE")
 
 
@@ -150,7 +152,7 @@ def _asked(labels: tuple[int, ...] | None, classes: int | None) -> Data:
 
 def _student(source: str, labels: tuple[int, ...] | None, device: torch.device, trace: bool) -> Traces:
     """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
-    pipeline, sampler, _ = exported(source, device)
+    pipeline, sampler, *_ = exported(source, device)
     data, calls = _draws(source, pipeline.unet, labels, device), len(sampler.times)
 
     def images(ids: range) -> Tensor:
@@ -172,12 +174,14 @@ def _student(source: str, labels: tuple[int, ...] | None, device: torch.device, 
 
 
 def _placed(
-    source: str, labels: tuple[int, ...] | None, prompts: str | tuple[str, ...] | None, device: torch.device
+    source: str,
+    family: Family,
+    labels: tuple[int, ...] | None,
+    prompts: str | tuple[str, ...] | None,
+    device: torch.device,
 ) -> Traces:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
-    pipeline, sampler, _ = exported(source, device)
-    family = _family(source)
-    call = json.loads((Path(source) / DESCRIPTION).read_text())["call"]
+    student = exported(source, device)
     data = recipe(Path(source) / "README.md").get("data", {})
     if family.encode:
         every: list[Any] = _prompts_of(source, prompts or data.get("prompts"))
@@ -187,12 +191,11 @@ def _placed(
 
     def images(ids: range) -> Tensor:
         made = []
-        for k in ids:
-            one = every[k % len(every)]
+        for k, turn in zip(ids, in_turn(ids, len(every)), strict=True):
             torch.manual_seed(k)
-            told = {"prompt": one} if family.encode else {"class_labels": [one]}
-            shown = pipeline(**told, num_inference_steps=len(sampler.times), output_type="np", **call).images
-            made.append(torch.from_numpy(shown))
+            told = {"prompt": every[turn]} if family.encode else {"class_labels": [every[turn]]}
+            told |= {"num_inference_steps": len(student.sampler.times), "output_type": "np", **student.call}
+            made.append(torch.from_numpy(student.pipeline(**told).images))
         return torch.cat(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
     return images
@@ -239,7 +242,7 @@ def _hybrid(
     steps: int | None,
 ) -> Traces:
     """The teacher's first steps, then the student's calls."""
-    pipeline, recorded, label = exported(source, device)
+    pipeline, recorded, label, _ = exported(source, device)
     data = _draws(source, pipeline.unet, labels, device)
     teacher, guided = teacher_of(source, teacher_source, device)
     if (teacher.sample_shape, teacher.classes) != (data.shape, pipeline.unet.config["num_class_embeds"]):

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -24,11 +24,23 @@ from .export import DESCRIPTION, empty_parts
 from .process import NoiseProcess
 from .samplers import StudentSampler
 from .schedulers import read_scheduler
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, load_teacher, read_index
 
 
-def exported(source: str, device: torch.device) -> tuple[Any, StudentSampler, float]:
-    """An exported student's pipeline, its sampler in the teacher's times, and the teacher's label of its first call."""
+class Exported(NamedTuple):
+    """A student's folder, read back."""
+
+    pipeline: Any
+    sampler: StudentSampler
+    """In the teacher's times."""
+    label: float
+    """The teacher's, of the first call."""
+    call: dict[str, Any]
+    """What a call of a student in its teacher's own pipeline says beside prompt or label, and steps."""
+
+
+def exported(source: str, device: torch.device) -> Exported:
+    """Read what an export wrote; its pipeline is on ``device``."""
     try:
         written = json.loads((Path(source) / DESCRIPTION).read_text())
         recorded = {**written["sampler"], "times": tuple(written["sampler"]["times"])}
@@ -36,11 +48,12 @@ def exported(source: str, device: torch.device) -> tuple[Any, StudentSampler, fl
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}/{DESCRIPTION} is not what an export writes: {error!r}") from None
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, **empty_parts(Path(source))).to(device)
+        index, _ = read_index(Path(source) / "model_index.json", source)
+        pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(index)).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: cannot read the student: {str(error).splitlines()[0]}") from None
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, sampler, label
+    return Exported(pipeline, sampler, label, written.get("call", {}))
 
 
 def few_step(pipeline: Any, sampler: StudentSampler) -> tuple[Denoiser, StudentSampler]:  # noqa: ANN401

@@ -28,15 +28,6 @@ def digits_of(captions: Sequence[str]) -> Tensor | None:
     return torch.tensor([found[0] for found in named]) if all(len(found) == 1 for found in named) else None
 
 
-def asked(ids: Sequence[int]) -> list[int]:
-    """Numbers of the captions that samples ``ids`` are asked for: all of them in turn, one further on in every round.
-
-    Without that step all samples of one jackknife group, which are ten ids apart, would show the same digit, and an
-    error from deleting groups would be the error of missing digits.
-    """
-    return [(k + k // len(CAPTIONS)) % len(CAPTIONS) for k in ids]
-
-
 def styled(grey: Tensor, style: str) -> Tensor:
     """Digits ``(N, 1, 8, 8)`` in [0, 1], bright on black, as ``(N, 1, 16, 16)`` in [0, 1], in one of ``STYLES``."""
     if style not in STYLES:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 
@@ -37,6 +38,8 @@ class Teacher:
     """Folder or hub id as the user gave it."""
     folder: Path
     """Where its files are."""
+    index: dict[str, Any]
+    """Its ``model_index.json``."""
     family: Family
     denoiser: Denoiser
     network: Any
@@ -130,6 +133,7 @@ def load_teacher(source: str, *, resolution: int | None = None) -> Teacher:
     return Teacher(
         source=source,
         folder=folder,
+        index=index,
         family=family,
         denoiser=Denoiser(network, **reading, call=family.call, bottleneck=family.bottleneck),
         network=network,
@@ -195,14 +199,28 @@ def _locate(source: str) -> Path:
 
 def _whole(source: str, folder: Path, index: dict[str, Any]) -> Path:
     """``folder`` with the weights of every component; they are downloaded where ``source`` is a hub id."""
-    if source.startswith(BUILTIN) or Path(source).expanduser().is_dir():
+    if is_local(source):
         return folder
-    parts = [name for name, value in index.items() if isinstance(value, list) and value[1] is not None]
-    patterns = ["model_index.json", *(f"{name}/*" for name in parts)]
+    patterns = ["model_index.json", *(f"{name}/*" for name, kind in components(index).items() if kind)]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS))
     except (OSError, ValueError) as error:
         raise _unreachable(source, error) from None
+
+
+def is_local(source: str) -> bool:
+    """Whether ``source`` is bundled or a folder here, and no hub id."""
+    return source.startswith(BUILTIN) or Path(source).expanduser().is_dir()
+
+
+def components(index: dict[str, Any]) -> dict[str, str | None]:
+    """The parts of a pipeline and their classes; ``None`` for one that it was saved without."""
+    return {name: value[1] for name, value in index.items() if isinstance(value, list)}
+
+
+def pipeline_class(index: dict[str, Any]) -> type[DiffusionPipeline]:
+    """The stock class of a supported pipeline."""
+    return getattr(diffusers, index["_class_name"])
 
 
 def _is_hub_id(source: str) -> bool:

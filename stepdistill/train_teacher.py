@@ -106,8 +106,7 @@ def _measure(config: TeacherConfig, teacher: Denoiser) -> dict[str, Any]:
     if not config.evaluate_samples:
         return {"distances": {}}
     evaluator, images = Evaluator(config.images), load_images(config.images)
-    half = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[: len(images) // 2]]
-    distances = {"metric": evaluator.extractor.name, "real half": evaluator.reference.distance(evaluator.moments(half))}
+    distances = {"metric": evaluator.extractor.name, "real half": evaluator.floor(images, config.seed)}
     device = next(teacher.network.parameters()).device
     for steps in config.evaluate_steps:
 

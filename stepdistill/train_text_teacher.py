@@ -26,12 +26,13 @@ from tqdm.auto import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .caption_tokenizer import write_tokenizer
+from .conditions import in_turn
 from .config import EnoughSamples, Section
 from .errors import UserError
 from .evaluation import Evaluator, Measurement
 from .images import TEXT_DIGITS, load_text_digits, to_float, to_picture, to_uint8
 from .samplers import SampleNoise
-from .styles import CAPTIONS, STYLES, asked
+from .styles import CAPTIONS, STYLES
 
 
 class Autoencoder(Section):
@@ -242,7 +243,7 @@ def _measure(config: TextTeacherConfig) -> dict[str, Any]:
         def generate(ids: range, steps: int = steps, guidance_scale: float = guidance_scale) -> Tensor:
             return generate_captions(pipeline, ids, steps=steps, guidance_scale=guidance_scale)
 
-        digits = torch.tensor(asked(range(config.evaluate_samples))) % 10
+        digits = torch.tensor(in_turn(range(config.evaluate_samples), len(CAPTIONS))) % 10
         measured = evaluator.measure(
             f"{steps} steps", steps, generate, samples=config.evaluate_samples, batch_size=120, digits=digits
         )
@@ -254,9 +255,9 @@ def _measure(config: TextTeacherConfig) -> dict[str, Any]:
 
 
 def generate_captions(pipeline: StableDiffusionPipeline, ids: range, *, steps: int, guidance_scale: float) -> Tensor:
-    """Samples ``ids (B, 3, 16, 16)`` in [-1, 1]; each has the caption of ``asked``, and is the same in any batch."""
+    """Samples ``ids (B, 3, 16, 16)`` in [-1, 1]; the captions come in turn, and each is the same in any batch."""
     images = pipeline(
-        [CAPTIONS[number] for number in asked(ids)],
+        [CAPTIONS[number] for number in in_turn(ids, len(CAPTIONS))],
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         generator=SampleNoise(ids, ()).generators,
@@ -279,9 +280,8 @@ def _real(evaluator: Evaluator, seed: int) -> dict[str, Any]:
     images, captions = load_text_digits()
     right = evaluator.extractor.classify(images) == captions % 10
     styles = {STYLES[k] or "plain": right[captions // 10 == k].double().mean().item() for k in range(len(STYLES))}
-    half = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: len(images) // 2]
     return {
         "prompt_accuracy": round(right.double().mean().item(), 4),
         "prompt_accuracy_by_style": {style: round(share, 4) for style, share in styles.items()},
-        "half": evaluator.reference.distance(evaluator.moments(images[half])),
+        "half": evaluator.floor(images, seed),
     }

@@ -33,19 +33,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from stepdistill.caption_tokenizer import byte_letters
+
 TABLE: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LINEAR: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-def _letters() -> list[str]:
-    """The 256 characters by which byte-level tokenizers write bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return [chr(byte) for byte in plain] + [chr(256 + k) for k in range(len(others))]
-
-
 def clip_tokenizer() -> Any:
-    letters = _letters()
+    letters = byte_letters()
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: k for k, word in enumerate(words)}
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)

@@ -101,7 +101,7 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     scale = scale or GUIDED.get(name, 2.5)
     data = data_free(teacher, asked(teacher, guidance_scale=scale), torch.device("cpu"))
     denoiser = teacher.guided(asked(teacher, guidance_scale=scale), data.null)
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty_parts(folder))
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty_parts(teacher.index))
     pipeline.set_progress_bar_config(disable=True)
     if "flow" in type(pipeline.scheduler).__name__.lower() or name == "sana":
         shift = 3.0 if "flux" not in name else pipeline.scheduler.config.shift

@@ -19,6 +19,7 @@ import stepdistill.images
 import stepdistill.train_text_teacher
 from stepdistill.bundled import bundled
 from stepdistill.caption_tokenizer import write_tokenizer
+from stepdistill.conditions import in_turn
 from stepdistill.config import Evaluate
 from stepdistill.errors import UserError
 from stepdistill.evaluation import Evaluator
@@ -26,7 +27,7 @@ from stepdistill.features import DigitsExtractor
 from stepdistill.frechet import GROUPS
 from stepdistill.images import load_digits, load_images, load_text_digits, to_float, to_uint8
 from stepdistill.preflight import check_evaluation
-from stepdistill.styles import CAPTIONS, DIGITS, STYLES, asked, caption, styled
+from stepdistill.styles import CAPTIONS, DIGITS, STYLES, caption, styled
 from stepdistill.train_text_teacher import generate_captions
 
 FOLDER = bundled("assets") / "digits_text_teacher"
@@ -76,12 +77,12 @@ def test_a_caption_names_digit_and_style():
 
 
 def test_every_caption_is_asked_for_equally_often_in_every_jackknife_group():
-    assert asked(range(60)) == list(range(60))
-    numbers, groups = torch.tensor(asked(range(1200))), torch.arange(1200) % GROUPS
+    assert in_turn(range(60), len(CAPTIONS)) == list(range(60))
+    numbers, groups = torch.tensor(in_turn(range(1200), len(CAPTIONS))), torch.arange(1200) % GROUPS
     assert numbers.bincount().tolist() == [20] * 60
     for group in range(GROUPS):
         assert (numbers[groups == group] % 10).bincount().tolist() == [12] * 10
-    assert asked(range(500, 510)) == numbers[500:510].tolist()
+    assert in_turn(range(500, 510), len(CAPTIONS)) == numbers[500:510].tolist()
 
 
 def test_the_styled_digits_are_an_image_source_with_captions_beside_it():
@@ -194,7 +195,8 @@ def guided(pipeline):
 
 def accuracy(images):
     """Share of the samples 0, 1, ... that show the digit asked of them."""
-    return (EXTRACTOR.classify(images) == torch.tensor(asked(range(len(images)))) % 10).double().mean().item()
+    wanted = torch.tensor(in_turn(range(len(images)), len(CAPTIONS))) % 10
+    return (EXTRACTOR.classify(images) == wanted).double().mean().item()
 
 
 def test_the_bundled_folder_loads_as_it_is_without_a_warning(caplog, recwarn):
@@ -235,7 +237,7 @@ def test_samples_show_the_digit_of_their_prompt_as_often_as_recorded(guided):
 
 
 def test_samples_show_the_style_of_their_prompt(guided):
-    styles = torch.tensor(asked(range(SAMPLES))) // 10
+    styles = torch.tensor(in_turn(range(SAMPLES), len(CAPTIONS))) // 10
     weights = {style: ink(guided[styles == k]).mean() for k, style in enumerate(STYLES)}
     assert weights["thin"] < weights[""] < weights["bold"]
     assert weights["thin tilted"] < weights["tilted"] < weights["bold tilted"]

@@ -40,12 +40,15 @@ class Family:
     encode: Encode | None = None
     """Reads prompts; ``None`` for a family without text."""
     null: Null | None = None
+    """Reads the negative prompt where the stock pipeline does not read it as any other."""
     tokens: Callable[[Config, tuple[int, int, int]], int] = lambda config, shape: (
         shape[1] * shape[2] // config.get("patch_size", 1) ** 2
     )
     """Length of the image sequence of a sample, by which flow schedulers may shift."""
     patch: int | None = None
     """Side of the squares that a sample is cut into, where it is not the config's ``patch_size``."""
+    later_noise: Callable[[tuple[int, ...]], torch.Tensor] = lambda shape: torch.randn(1, *shape)
+    """Noise of a later step, ``(1, C, H, W)``, in the order in which the stock pipeline draws it."""
     classes: Callable[[Config], int | None] = lambda config: None
     """Number of class labels."""
     null_label: int | None = None

@@ -46,6 +46,12 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(len(tokens), -1, 2 * height, 2 * width)
 
 
+def _later_noise(shape: tuple[int, ...]) -> Tensor:
+    """The pipeline keeps its state in tokens, and draws their noise."""
+    channels, height, width = shape
+    return unpacked(torch.randn(1, height * width // 4, channels * 4), height // 2, width // 2)
+
+
 def _places(height: int, width: int, like: Tensor) -> Tensor:
     """``(h w, 3)``: zero, row and column of every token."""
     row, column = torch.meshgrid(
@@ -59,10 +65,6 @@ def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) ->
     return rows(encoder_hidden_states=embeds, pooled_projections=pooled)
 
 
-def _null(pipeline: Any, negative: str | None, config: Config, size: int) -> Cond:  # noqa: ANN401
-    return _encode(pipeline, [negative or ""], config, size)
-
-
 FLUX = Family(
     pipelines=("FluxPipeline",),
     component="transformer",
@@ -71,8 +73,8 @@ FLUX = Family(
     shape=lambda config: (config["in_channels"] // 4, 128, 128),
     patch=2,
     tokens=lambda config, shape: shape[1] * shape[2] // 4,
+    later_noise=_later_noise,
     output="proj_out",
     encode=_encode,
-    null=_null,
     embeds_guidance=lambda config: config["guidance_embeds"],
 )

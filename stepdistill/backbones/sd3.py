@@ -31,10 +31,6 @@ def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) ->
     return rows(encoder_hidden_states=embeds, pooled_projections=pooled)
 
 
-def _null(pipeline: Any, negative: str | None, config: Config, size: int) -> Cond:  # noqa: ANN401
-    return _encode(pipeline, [negative or ""], config, size)
-
-
 SD3 = Family(
     pipelines=("StableDiffusion3Pipeline",),
     component="transformer",
@@ -43,6 +39,5 @@ SD3 = Family(
     shape=square,
     output="proj_out",
     encode=_encode,
-    null=_null,
     arguments={"guidance_scale": 1.0},
 )

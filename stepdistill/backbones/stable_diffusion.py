@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -29,10 +30,6 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
 def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
     embeds, _ = pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)
     return rows(encoder_hidden_states=embeds)
-
-
-def _null(pipeline: Any, negative: str | None, config: Config, size: int) -> Cond:  # noqa: ANN401
-    return _encode(pipeline, [negative or ""], config, size)
 
 
 def _encode_xl(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
@@ -85,22 +82,9 @@ SD = Family(
     shape=square,
     output="conv_out",
     encode=_encode,
-    null=_null,
     bottleneck=bottleneck,
     refuse=_refuse,
     hosted=without_guidance,
 )
 
-SDXL = Family(
-    pipelines=("StableDiffusionXLPipeline",),
-    component="unet",
-    network=UNet2DConditionModel,
-    call=call,
-    shape=square,
-    output="conv_out",
-    encode=_encode_xl,
-    null=_null_xl,
-    bottleneck=bottleneck,
-    refuse=_refuse,
-    hosted=without_guidance,
-)
+SDXL = replace(SD, pipelines=("StableDiffusionXLPipeline",), encode=_encode_xl, null=_null_xl)

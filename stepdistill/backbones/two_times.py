@@ -38,9 +38,10 @@ class TargetTime(nn.Module):
         places = [name for name, part in network.named_modules() if _tells_time(name, part)]
         if not places:
             raise ValueError(f"{type(network).__name__} has no time embedding to add a target time to")
-        for place in places:
-            network.set_submodule(place, _Shifted(cast(TimestepEmbedding, network.get_submodule(place))))
-        inner = self._shifted(network)[0][1].inner
+        self._parts = [_Shifted(cast(TimestepEmbedding, network.get_submodule(place))) for place in places]
+        for place, part in zip(places, self._parts, strict=True):
+            network.set_submodule(place, part)
+        inner = self._parts[0].inner
         self.time_proj = Timesteps(inner.linear_1.in_features, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.target_embedding = TimestepEmbedding(inner.linear_1.in_features, inner.linear_2.out_features)
         nn.init.zeros_(self.target_embedding.linear_2.weight)
@@ -50,30 +51,26 @@ class TargetTime(nn.Module):
     def forward(self, *args: Any, target_label: Tensor, **kwargs: Any) -> Any:  # noqa: ANN401
         """What ``network`` says, told also the target labels ``target_label (B,)``."""
         embedding = self._embedding(target_label)
-        parts = self._shifted(self.network)
-        for _, part in parts:
+        for part in self._parts:
             part.shift = embedding
         try:
             return self.network(*args, **kwargs)
         finally:
-            for _, part in parts:
+            for part in self._parts:
                 part.shift = None
 
     def _embedding(self, target_label: Tensor) -> Tensor:
         weight = self.target_embedding.linear_1.weight
         return self.target_embedding(self.time_proj(target_label.to(weight.device).float()).to(weight.dtype))
 
-    @staticmethod
-    def _shifted(network: nn.Module) -> list[tuple[str, _Shifted]]:
-        return [(name, part) for name, part in network.named_modules() if isinstance(part, _Shifted)]
-
     @torch.no_grad()
     def folded(self, target_label: float) -> nn.Module:
         """A stock copy with the target time fixed: its embedding is a constant, hence part of a bias."""
         stock, shift = copy.deepcopy(self.network), self._embedding(torch.tensor([target_label]))[0]
-        for place, part in self._shifted(stock):
-            part.inner.linear_2.bias.add_(shift)
-            stock.set_submodule(place, part.inner)
+        for place, part in list(stock.named_modules()):
+            if isinstance(part, _Shifted):
+                part.inner.linear_2.bias.add_(shift)
+                stock.set_submodule(place, part.inner)
         return stock.eval()
 
 
