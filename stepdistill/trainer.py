@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .config import Optimizer, Training
 from .denoiser import Denoiser
 from .errors import Diverged
+from .memory import keep_freed_memory
 from .methods.base import Batch, Method, Nets, Snapshots
 from .snapshots import Remembered
 
@@ -67,6 +68,8 @@ class Trainer:
         self.watch, self.stop_requested, self.stopping = watch, False, False
         self._pending: list[_Arriving] = []
         self.schedules: dict[str, Any] = {}
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         teacher.network.requires_grad_(False).eval().to(accelerator.device)
         self.progress = Progress()
         self.learners: dict[str, nn.Module] = {}
