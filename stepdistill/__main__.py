@@ -1,4 +1,4 @@
-"""The command line: ``stepdistill distill | teacher | sample | fid | configs | methods``.
+"""The command line: ``stepdistill distill | export | push | sample | teacher | fid | configs | methods``.
 
 Heavy imports wait until a command really runs, so that help answers at once.
 """
@@ -81,6 +81,29 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--teacher", metavar="SOURCE", help="that teacher (the one in the student's model card)")
     sample.add_argument("--trace", action="store_true", help="also write what every call predicts, to OUT_trace/")
 
+    export = commands.add_parser(
+        "export",
+        help="export the newest checkpoint of a run",
+        description="Write student/ of a run again from its newest checkpoint, stopped or finished, and evaluate it.",
+        epilog="example: stepdistill export runs/digits_sid evaluate=null",
+        formatter_class=_RAW,
+    )
+    export.add_argument("run", type=Path, help="output_dir of the run")
+    export.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of its recipe")
+
+    push = commands.add_parser(
+        "push",
+        help="upload a student to the hub",
+        description="Upload the student of a run, or its adapters, in one commit with its model card.",
+        epilog="example: stepdistill push runs/digits_sid me/one-step-digits --dry-run",
+        formatter_class=_RAW,
+    )
+    push.add_argument("run", type=Path, help="output_dir of the run")
+    push.add_argument("repo", help="owner/name; made if there is none")
+    push.add_argument("--adapters", action="store_true", help="student_lora/ in place of student/")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--dry-run", action="store_true", help="only show what would be uploaded; needs no network")
+
     # The evaluator parses its own arguments, so that `python eval/fid.py` and this command are one.
     commands.add_parser("fid", help="Frechet distance between two sets of images", add_help=False)
 
@@ -154,6 +177,22 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
                 trace=arguments.trace,
             )
             print(folder)
+        case "export":
+            from .distill import export_run
+
+            export_run(arguments.run, arguments.overrides)
+        case "push":
+            from .push import push
+
+            print(
+                push(
+                    arguments.run,
+                    arguments.repo,
+                    adapters=arguments.adapters,
+                    private=arguments.private,
+                    dry_run=arguments.dry_run,
+                )
+            )
         case "fid":
             from .fid import main as fid
 

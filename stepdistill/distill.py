@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .backbones.two_times import TargetTime
 from .checkpoints import Checkpoints
-from .config import Config, Stage, Training
+from .config import Config, Stage, Training, parse
 from .data import check_conditions, data_free, real_images
 from .errors import Diverged, UserError
 from .export import single_time
@@ -51,6 +51,22 @@ def distill(config: Config) -> Path:
     else:
         run.begin()
     run.train()
+    return run.finish()
+
+
+def export_run(folder: Path, overrides: list[str]) -> Path:
+    """Export and evaluate again the student of the newest checkpoint of the run in ``folder``; returns its folder.
+
+    Raises:
+        UserError: no run there, or one that has not come to its last stage.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run: it has no config.yaml; give the output_dir of `stepdistill distill`")
+    run = Run(parse(Config, str(file), [*overrides, "resume=true", f"output_dir={folder}"]))
+    run.resume()
+    if run.index + 1 < len(run.stages):
+        raise UserError(f"{folder} has come to stage {run.index + 1} of {len(run.stages)}; train on with resume=true")
     return run.finish()
 
 

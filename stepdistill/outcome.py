@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,7 +21,7 @@ from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
 from .export import Host, empty_parts, export, export_lora
 from .hosting import Plan
-from .report import card, grid, picture, read_history, table, usage, usage_of_adapters
+from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .styles import digits_of
 from .teacher import Teacher, is_local
@@ -68,10 +69,12 @@ class Outcome:
         ids, shape = range(2 if host else 4), self.teacher.sample_shape
         cond = self.data.cond(ids)
         export(student, sampler, hosted, self.student_folder, shape=shape, cond=cond, host=host)
-        self._describe([], hosted.steps, None)
+        use = self._usage(Path(PLACE), hosted.steps)
+        self._card([], use, hosted.steps, None).save(self.student_folder / CARD)
         rows = self._evaluate(student, sampler)
         self._picture(student, sampler, metrics)
-        self._describe(rows, hosted.steps, _PICTURE)
+        shutil.copyfile(self.folder / _PICTURE, self.student_folder / _PICTURE)
+        self._card(rows, use, hosted.steps, _PICTURE).save(self.student_folder / CARD)
         if rows and self.evaluator:
             print(f"\n{table(rows, self.evaluator.extractor.name)}")
         lines = self._usage(self.student_folder, hosted.steps)
@@ -80,10 +83,15 @@ class Outcome:
             host = Host(self.teacher, {"guidance_scale": 1.0, **self._call()})
             folder = self.folder / "student_lora"
             if export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
-                print(f"\nadapters {folder}, for the teacher's own pipeline:\n")
                 source = self.teacher.folder if is_local(self.config.teacher) else Path(self.config.teacher)
                 kind, without = type(hosted.scheduler).__name__, empty_parts(self.teacher.index)
-                print(usage_of_adapters(folder, source, kind, hosted.steps, host.call, without))
+                lines, use = (
+                    usage_of_adapters(place, source, kind, hosted.steps, host.call, without)
+                    for place in (folder, Path(PLACE))
+                )
+                shutil.copyfile(self.folder / _PICTURE, folder / _PICTURE)
+                self._card(rows, use, hosted.steps, _PICTURE, adapters=True).save(folder / CARD)
+                print(f"\nadapters {folder}, for the teacher's own pipeline:\n\n{lines}")
 
     def _usage(self, folder: Path, steps: int) -> str:
         return usage(folder, steps, self._call(), empty_parts(self.teacher.index))
@@ -149,16 +157,9 @@ class Outcome:
         title = f"{self.config.methods_used}: {self.config.teacher}, teacher in {steps} steps"
         history = read_history(metrics)
         picture(self.folder / _PICTURE, taught, learned, history, title=title, steps=len(sampler.times))
-        shutil.copyfile(self.folder / _PICTURE, self.student_folder / _PICTURE)
 
-    def _describe(self, rows: list[Measurement], steps: int, picture_name: str | None) -> None:
+    def _card(
+        self, rows: list[Measurement], use: str, steps: int, picture_name: str | None, *, adapters: bool = False
+    ) -> ModelCard:
         metric = self.evaluator.extractor.name if self.evaluator else ""
-        described = card(
-            self.config,
-            rows,
-            metric,
-            use=self._usage(Path("PATH_OR_REPO"), steps),
-            steps=steps,
-            picture_name=picture_name,
-        )
-        described.save(self.student_folder / "README.md")
+        return card(self.config, rows, metric, use=use, steps=steps, picture_name=picture_name, adapters=adapters)

@@ -22,6 +22,10 @@ from .teacher import is_local
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+CARD = "README.md"
+PLACE = "PATH_OR_REPO"
+"""Where the lines of a card name the folder or repository that it lies in."""
+
 
 def grid(images: Tensor, columns: int = 8) -> Image.Image:
     """``(N, C, H, W)`` in [-1, 1] as one picture with a one-pixel frame."""
@@ -144,8 +148,9 @@ def card(
     use: str,
     steps: int,
     picture_name: str | None,
+    adapters: bool = False,
 ) -> ModelCard:
-    """The model card of a student: what it is, the lines that ``use`` it, how it was made, its numbers."""
+    """The model card of a student or its adapters: what it is, the lines that ``use`` it, its recipe, its numbers."""
     hub_id = None if is_local(config.teacher) else config.teacher
     data = ModelCardData(
         library_name="diffusers",
@@ -157,7 +162,7 @@ def card(
             "distillation",
         ],
         base_model=hub_id,
-        base_model_relation="finetune" if hub_id else None,  # type: ignore[arg-type]
+        base_model_relation=("adapter" if adapters else "finetune") if hub_id else None,  # type: ignore[arg-type]
     )
     numbers = f"```\n{table(rows, metric)}\n```\n" if rows else "Not evaluated.\n"
     shown = f"![teacher and student from the same noise]({picture_name})\n\n" if picture_name else ""

@@ -1,0 +1,57 @@
+"""``stepdistill push``: a finished student, or its adapters, to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from .errors import UserError
+from .report import CARD, PLACE
+
+
+def push(run: Path, repo: str, *, adapters: bool = False, private: bool = False, dry_run: bool = False) -> str:
+    """Upload a student in one commit; its card then names ``repo`` in the lines that use it.
+
+    Args:
+        run: folder of a finished run.
+        repo: ``owner/name``; made if there is none.
+        adapters: push ``student_lora`` in place of ``student``.
+        private: make a new repository private.
+        dry_run: upload nothing, and need no network.
+
+    Returns:
+        What was, or would be, uploaded: one line per file, and the address.
+
+    Raises:
+        UserError: no finished student, no valid ``repo``, or the hub refuses.
+    """
+    folder = run / ("student_lora" if adapters else "student")
+    if not (folder / CARD).is_file():
+        raise UserError(f"{run} holds no finished {folder.name}: {folder / CARD} is missing; give a run's output_dir")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo!r} is no repository id: {error}") from None
+    if repo.count("/") != 1:
+        raise UserError(f"{repo!r} is no repository id; write owner/name")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    card = (folder / CARD).read_text().replace(PLACE, repo).encode()
+    operations = [
+        CommitOperationAdd(path.relative_to(folder).as_posix(), card if path == folder / CARD else path)
+        for path in files
+    ]
+    lines = [f"{operation.upload_info.size:>14,}  {operation.path_in_repo}" for operation in operations]
+    total = sum(operation.upload_info.size for operation in operations)
+    address = f"https://huggingface.co/{repo}"
+    if not dry_run:
+        try:
+            api = HfApi()
+            api.create_repo(repo, private=private, exist_ok=True)
+            api.create_commit(repo, operations, commit_message="Student distilled by stepdistill")
+        except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
+            raise UserError(f"the hub did not take {repo}: {str(error).strip().splitlines()[0]}") from None
+    done = "would be uploaded" if dry_run else "uploaded"
+    return "\n".join([*lines, f"{total:>14,}  bytes in {len(lines)} files {done} to {address}"])
