@@ -44,12 +44,15 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 class Optimizer(Section):
     """One optimizer per trained role."""
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: str = "adam"
+    """``adam``, ``adamw`` (torch's, fused), or the dotted name of an installed class: bitsandbytes.optim.AdamW8bit."""
     lr: PositiveFloat = 1e-5
     betas: tuple[Beta, Beta] = (0.0, 0.999)
     """Adam's; SiD uses beta1 = 0, DMD and BOOT 0.9."""
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
+    options: dict[str, Any] = {}
+    """Further arguments of that class; of the ones above it is given those that it knows."""
     lr_schedule: Schedule | None = None
     """In place of ``training.lr_schedule``: a fake network at full rate keeps up with a student that comes to rest."""
 
@@ -84,6 +87,14 @@ class Training(Section):
     ema_halflife_images: PositiveFloat | None = 50_000
     """Half-life of the student's average in generated images, ramped up as 5 % of the images so far; null is none."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
+    gradient_checkpointing: bool = False
+    """Keep the input of every block alone and compute the rest again on the way back: less memory, more time."""
+    channels_last: bool = False
+    """Memory order that convolutions of many devices prefer."""
+    compile: str | None = None
+    """``torch.compile`` backend (``inductor``) of every network."""
     log_every: PositiveInt = 10
     preview_every: NonNegativeInt = 0
     """Steps between preview grids; 0 is none."""

@@ -140,18 +140,26 @@ class Denoiser:
         """The (guided) network output in at least float32."""
         label = self.native.label(time)
         if self.guidance is None or self.guidance.only_conditional:
-            output = _full_precision(self.call(self.network, x, label, cond))
+            output = self._called(x, label, cond)
         elif self.guidance.only_unconditional:
-            output = _full_precision(self.call(self.network, x, label, repeat(self.guidance.uncond, len(x))))
+            output = self._called(x, label, repeat(self.guidance.uncond, len(x)))
         else:
             low, high = self.guidance.interval
             inside = (time >= low) & (time <= high)
             scale = broadcast(torch.where(inside, self.guidance.scale, 1.0), x)
             both = concatenate(repeat(self.guidance.uncond, len(x)), cond)
-            doubled = self.call(self.network, torch.cat([x, x]), torch.cat([label, label]), both)
-            uncond, conditional = _full_precision(doubled).chunk(2)
+            doubled = self._called(torch.cat([x, x]), torch.cat([label, label]), both)
+            uncond, conditional = doubled.chunk(2)
             output = uncond + scale * (conditional - uncond)
         return -output if self.negated else output
+
+    def _called(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+        """The network's output in at least float32; a network in half precision is told so."""
+        dtype = next(self.network.parameters()).dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            x = x.to(dtype)
+            cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        return _full_precision(self.call(self.network, x, label, cond))
 
     def _input_scale(self, s: Tensor) -> Tensor | float:
         """``c_in`` of the EDM preconditioning, 1 elsewhere."""

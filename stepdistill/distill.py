@@ -26,6 +26,7 @@ from .data import check_conditions, data_free, real_images
 from .errors import Diverged, UserError
 from .export import single_time
 from .hosting import plan
+from .learners import check_learners, tune
 from .lora import add_lora, check_lora, merged
 from .outcome import Outcome
 from .preflight import check_evaluation, check_images, check_launch, check_output, check_stages, check_trackers
@@ -82,7 +83,7 @@ class Run:
         check_conditions(self.teacher, config.data)
         check_stages(self.stages, guided)
         for stage in self.stages:
-            _check_roles(stage, self.teacher)
+            _check_roles(stage, self.teacher, config.training)
         self.samplers = [stage.method.sampler(guided.process) for stage in self.stages]
         self.hosted = plan(
             self.teacher.denoiser, self.samplers[-1], classes=self.teacher.classes, family=self.teacher.family
@@ -103,6 +104,8 @@ class Run:
         if images is not None:
             self.data = replace(self.data, images=images.to(self.accelerator.device))
         self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
+        if config.training.teacher_dtype != "float32":
+            self.teacher.network.to(getattr(torch, config.training.teacher_dtype))
         self.taught = self.teacher.guided(config.data, self.data.null)
         self.outcome = Outcome(config, self.teacher, self.taught, self.data)
         self._since: dict[str, list[float]] = {}
@@ -115,6 +118,7 @@ class Run:
         self.stage, self.training, self.sampler = stage, cast(Training, stage.training), self.samplers[index]
         self.start = sum(earlier.steps for earlier in self.stages[:index])
         place = f"stage_{index + 1}" if len(self.stages) > 1 else ""
+        tune(self.teacher.network, self.training)  # before adapters share its memory
         self.trainer = Trainer(
             stage.method,
             self.taught,
@@ -136,7 +140,7 @@ class Run:
             if role in self.training.lora:
                 networks[role] = add_lora(base, self.training.lora[role], role)
                 continue
-            network = copy.deepcopy(base)
+            network = copy.deepcopy(base).float()
             if role == "student" and self.stage.method.two_times:
                 network = TargetTime(network)
             networks[role] = network.requires_grad_(True)
@@ -263,8 +267,11 @@ class Run:
                 self._log(step, measured)
 
 
-def _check_roles(stage: Stage, teacher: Teacher) -> None:
+def _check_roles(stage: Stage, teacher: Teacher, first: Training) -> None:
     training, method = cast(Training, stage.training), stage.method
+    check_learners(teacher.network, training, two_times=method.two_times)
+    if training.teacher_dtype != first.teacher_dtype:
+        raise UserError("the stages share one teacher; set training.teacher_dtype of the run alone")
     roles = {"student", *method.roles}
     for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):
         if unknown := set(named) - roles:

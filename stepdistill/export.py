@@ -211,7 +211,7 @@ def export_error(
 
 def _on_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
     """Copies for a comparison on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would."""
-    network = copy.deepcopy(denoiser.network).cpu()
+    network = copy.deepcopy(denoiser.network).cpu().float()
     return replace(denoiser, network=network), {key: value.cpu() for key, value in cond.items()}
 
 

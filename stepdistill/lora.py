@@ -31,6 +31,8 @@ def add_lora(teacher: nn.Module, lora: Lora, role: str) -> nn.Module:
     network = inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return network
 
 
@@ -57,8 +59,8 @@ def _end(name: str) -> str:
 
 @torch.no_grad()
 def merged(network: nn.Module) -> nn.Module:
-    """A copy without adapters that computes the same; a network without adapters is copied as it is."""
-    network = copy.deepcopy(network)
+    """A copy in float32 without adapters that computes the same."""
+    network = copy.deepcopy(network).float()
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()

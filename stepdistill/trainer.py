@@ -20,9 +20,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import Optimizer, Training
+from .config import Training
 from .denoiser import Denoiser
 from .errors import Diverged
+from .learners import compiled, frozen_twin, learning, optimizer_of, tune
 from .memory import keep_freed_memory
 from .methods.base import Batch, Method, Nets, Snapshots
 from .snapshots import Remembered
@@ -70,32 +71,34 @@ class Trainer:
         self.schedules: dict[str, Any] = {}
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        teacher.network.requires_grad_(False).eval().to(accelerator.device)
+        tune(teacher.network.requires_grad_(False).eval().to(accelerator.device), training)
         self.progress = Progress()
         self.learners: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         self.frozen: dict[str, Denoiser] = {"teacher": teacher}
         bare = replace(teacher, guidance=None)
         for role, network in networks.items():
-            network.eval().to(accelerator.device)
-            twin = _frozen_twin(network)
+            tune(network.eval().to(accelerator.device), training)
+            twin = frozen_twin(network)
+            compiled(network, training)
             settings = training.role_optimizers.get(role, training.optimizer)
-            optimizer, name = _optimizer(settings, network), settings.lr_schedule or training.lr_schedule
+            optimizer, name = optimizer_of(settings, network), settings.lr_schedule or training.lr_schedule
             schedule = get_scheduler(
                 name, optimizer, num_warmup_steps=training.lr_warmup_steps, num_training_steps=steps
             )
             self.learners[role], self.optimizers[role] = accelerator.prepare(network, optimizer)
-            self.frozen[role] = replace(bare, network=twin)
+            self.frozen[role] = replace(bare, network=compiled(twin, training))
             accelerator.register_for_checkpointing(schedule)
             self.schedules[role] = schedule
         for role in method.frozen_roles:
-            self.frozen[role] = replace(bare, network=copy.deepcopy(teacher.network))
+            self.frozen[role] = replace(bare, network=compiled(copy.deepcopy(teacher.network), training))
+        compiled(teacher.network, training)
         self.nets: dict[str, Nets] = {
             role: {**self.frozen, role: replace(bare, network=learner), "still": self.frozen[role]}
             for role, learner in self.learners.items()
         }
         self.student = accelerator.unwrap_model(self.learners["student"])
-        self.learning = _learning(self.student)
+        self.learning = learning(self.student)
         self.ema = EMAModel(self.learning, foreach=True) if training.ema_halflife_images else None
         accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
 
@@ -277,23 +280,3 @@ class _Arriving:
         if self.ready is not None:
             self.ready.synchronize()
         return dict(zip(self.names, self.host.tolist(), strict=True))
-
-
-def _frozen_twin(network: nn.Module) -> nn.Module:
-    """A copy whose parameters are the same memory and never require a gradient."""
-    twin = copy.deepcopy(network).requires_grad_(False)
-    for mine, theirs in zip(twin.parameters(), network.parameters(), strict=True):
-        mine.data = theirs.data
-    return twin
-
-
-def _learning(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def _optimizer(config: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
-    learning = _learning(network)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    fused = all(p.device.type in ("cpu", "cuda") for p in learning)
-    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    return kind(learning, **options, fused=fused)

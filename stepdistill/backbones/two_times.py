@@ -35,7 +35,7 @@ class TargetTime(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        places = [name for name, part in network.named_modules() if _tells_time(name, part)]
+        places = time_embeddings(network)
         if not places:
             raise ValueError(f"{type(network).__name__} has no time embedding to add a target time to")
         self._parts = [_Shifted(cast(TimestepEmbedding, network.get_submodule(place))) for place in places]
@@ -74,5 +74,10 @@ class TargetTime(nn.Module):
         return stock.eval()
 
 
-def _tells_time(name: str, part: nn.Module) -> bool:
-    return isinstance(part, TimestepEmbedding) and name.rpartition(".")[2] in _NAMES
+def time_embeddings(network: nn.Module) -> list[str]:
+    """Names of the layers that embed the time."""
+    return [
+        name
+        for name, part in network.named_modules()
+        if isinstance(part, TimestepEmbedding) and name.rpartition(".")[2] in _NAMES
+    ]

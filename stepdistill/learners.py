@@ -1,0 +1,104 @@
+"""The networks of a run as it trains them: frozen twins, what learns and by which optimizer, memory and speed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .backbones.two_times import TargetTime, time_embeddings
+from .config import Optimizer, Training
+from .errors import UserError
+
+_OWN = {"adam": "torch.optim.Adam", "adamw": "torch.optim.AdamW"}
+
+
+def frozen_twin(network: nn.Module) -> nn.Module:
+    """A copy whose parameters are the same memory and never require a gradient."""
+    twin = copy.deepcopy(network).requires_grad_(False)
+    for mine, theirs in zip(twin.parameters(), network.parameters(), strict=True):
+        mine.data = theirs.data
+    return twin
+
+
+def learning(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def tune(network: nn.Module, training: Training) -> None:
+    """Memory layout and gradient checkpointing, which change no value; before a twin is made of ``network``."""
+    if training.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if training.gradient_checkpointing:
+        stock: Any = network.network if isinstance(network, TargetTime) else network
+        # Nothing here is random, so there is no state of generators to keep, which would make a GPU wait.
+        stock.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+
+
+def compiled(network: nn.Module, training: Training) -> nn.Module:
+    """``network``, in place, as ``torch.compile`` runs it; copies of it are not."""
+    if training.compile:
+        network.compile(backend=training.compile)
+    return network
+
+
+def optimizer_kind(config: Optimizer) -> type[torch.optim.Optimizer]:
+    """The class that ``config.name`` names.
+
+    Raises:
+        UserError: there is none, or it is no optimizer.
+    """
+    module, _, name = _OWN.get(config.name, config.name).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"training.optimizer.name: cannot import {config.name!r} ({error}); give {', '.join(_OWN)} or the dotted "
+            "name of a class, such as bitsandbytes.optim.AdamW8bit, whose package is installed"
+        ) from None
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise UserError(f"training.optimizer.name: {config.name} is no subclass of torch.optim.Optimizer")
+    return kind
+
+
+def optimizer_of(config: Optimizer, network: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of what learns in ``network``.
+
+    Raises:
+        UserError: the optimizer does not take ``config.options``.
+    """
+    kind: Any = optimizer_kind(config)
+    told = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    options = {key: value for key, value in told.items() if key in signature(kind).parameters}
+    if config.name in _OWN:
+        options["fused"] = all(parameter.device.type in ("cpu", "cuda") for parameter in learning(network))
+    try:
+        return kind(learning(network), **options, **config.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"training.optimizer: {config.name} does not take {config.options}: {error}") from None
+
+
+def check_learners(network: nn.Module, training: Training, *, two_times: bool) -> None:
+    """Refuse what cannot be done with ``network``, the teacher's.
+
+    Raises:
+        UserError: as said.
+    """
+    for config in (training.optimizer, *training.role_optimizers.values()):
+        optimizer_kind(config)
+    if training.compile and training.compile not in torch._dynamo.list_backends(()):
+        raise UserError(
+            f"training.compile: no backend {training.compile!r}; there are {', '.join(torch._dynamo.list_backends(()))}"
+        )
+    if training.gradient_checkpointing and two_times and len(time_embeddings(network)) > 1:
+        raise UserError(
+            "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "
+            "this method would be lost on the way back; remove it"
+        )

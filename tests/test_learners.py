@@ -1,0 +1,146 @@
+"""Memory and speed settings: they do what they say and change no value."""
+
+import pytest
+import torch
+from conftest import tiny_unet
+from safetensors.torch import load_file
+
+from stepdistill.__main__ import main
+from stepdistill.backbones.two_times import TargetTime
+from stepdistill.bundled import bundled_configs
+from stepdistill.config import Optimizer, Training
+from stepdistill.errors import UserError
+from stepdistill.learners import check_learners, optimizer_of, tune
+
+RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and "text" not in name]
+SMALL = [
+    "training.batch_size=4",
+    "training.trackers=[]",
+    "training.checkpoint_every=1",
+    "evaluate=null",
+    "training.preview_every=0",
+]
+LENGTHS = {
+    "digits_tscd": ["steps=2", "method.segments=[2,1]", "method.stage_steps=[1]"],
+    "digits_disback_sid": ["steps=4", "method.record_steps=2", "method.points=2", "method.switch_every=1"],
+    "digits_disback_dmd": ["steps=4", "method.record_steps=2", "method.points=2", "method.switch_every=1"],
+}
+
+
+def student(folder, recipe, *overrides):
+    """Weights of the student of a short run of the bundled ``recipe``."""
+    length = LENGTHS.get(recipe, ["steps=2"])
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                "distill",
+                "--config",
+                recipe,
+                *SMALL,
+                *length,
+                f"output_dir={folder}",
+                "training.preview_every=0",
+                *overrides,
+            ]
+        )
+    assert stopped.value.code == 0
+    return load_file(folder / "student/unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_setting_of_memory_changes_a_method(recipe, teachers, tmp_path):
+    compare(recipe, teachers("ddpm"), tmp_path, "training.gradient_checkpointing=true", "training.channels_last=true")
+
+
+@pytest.mark.parametrize("recipe", ["digits_sid", "digits_tbcm", "digits_freeflow", "digits_boot"])
+def test_compiled_networks_are_the_same_networks(recipe, teachers, tmp_path):
+    compare(recipe, teachers("ddpm"), tmp_path, "training.compile=aot_eager")
+
+
+def compare(recipe, teacher, folder, *settings):
+    # Adam would make rounding noise of tiny gradients as large as any step.
+    told = [
+        f"teacher={teacher}",
+        "training.optimizer={name: torch.optim.SGD, lr: 1.0e-3}",
+        "training.role_optimizers={}",
+    ]
+    told += ["training.lr_schedule=constant", "training.lr_warmup_steps=0"]
+    plain, tuned = student(folder / "plain", recipe, *told), student(folder / "tuned", recipe, *told, *settings)
+    start = load_file(teacher / "unet/diffusion_pytorch_model.safetensors")
+    moved = max((plain[key] - start[key]).abs().max().item() for key in start)
+    assert moved > 1e-6
+    for key in plain:
+        torch.testing.assert_close(tuned[key], plain[key], atol=max(1e-6, 2e-3 * moved), rtol=0)
+
+
+def kept(network):
+    """Bytes that the graph of one call keeps for its way back."""
+    seen = {}
+
+    def pack(x):
+        seen[x.data_ptr()] = x.numel() * x.element_size()
+        return x
+
+    own = {parameter.data_ptr() for parameter in network.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = network(torch.randn(16, 1, 8, 8), torch.full((16,), 300.0), return_dict=False)[0]
+    total = sum(size for pointer, size in seen.items() if pointer not in own)
+    output.sum().backward()
+    return total
+
+
+def test_checkpointing_keeps_less_than_half_and_gives_the_same_gradients():
+    plain, light = tiny_unet(), tiny_unet()
+    tune(light, Training(gradient_checkpointing=True))
+    torch.manual_seed(0)
+    much = kept(plain)
+    torch.manual_seed(0)
+    assert kept(light) < much / 2
+    for mine, theirs in zip(light.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_convolutions_are_in_channels_last_order_also_behind_a_second_time():
+    network = TargetTime(tiny_unet())
+    tune(network, Training(channels_last=True, gradient_checkpointing=True))
+    assert network.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert network.network.mid_block.gradient_checkpointing
+
+
+def test_an_optimizer_is_found_by_its_dotted_name_and_given_what_it_knows():
+    network = tiny_unet()
+    sgd = optimizer_of(Optimizer(name="torch.optim.SGD", lr=0.1, options={"momentum": 0.5}), network)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.1, 0.5)
+    adam = optimizer_of(Optimizer(name="torch.optim.NAdam", betas=(0.3, 0.4), eps=1e-4), network)
+    assert (adam.defaults["betas"], adam.defaults["eps"]) == ((0.3, 0.4), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": {"name": "adamm"}}, "cannot import 'adamm'.*give adam, adamw or the dotted name"),
+        ({"optimizer": {"name": "no.such.Adam"}}, "cannot import 'no.such.Adam'"),
+        ({"role_optimizers": {"fake": {"name": "torch.nn.Linear"}}}, "no subclass of torch.optim.Optimizer"),
+        ({"compile": "indctor"}, "no backend 'indctor'; there are .*inductor"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_learners(tiny_unet(), Training.model_validate(settings), two_times=False)
+
+
+def test_an_optimizer_that_does_not_take_its_options_says_so():
+    with pytest.raises(UserError, match=r"torch.optim.SGD does not take \{'momentun': 0.5\}"):
+        optimizer_of(Optimizer(name="torch.optim.SGD", options={"momentun": 0.5}), tiny_unet())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_teacher_in_half_precision_halves_its_memory_alone(dtype, teachers, tmp_path):
+    """The student learns in float32 and ends near that of a teacher in float32; adapters are float32 too."""
+    told = [f"teacher={teachers('ddpm')}", "training.lora.fake={rank: 2, targets: [to_q]}"]
+    plain = student(tmp_path / "plain", "digits_sid", *told)
+    half = student(tmp_path / "half", "digits_sid", *told, f"training.teacher_dtype={dtype}")
+    apart = torch.cat([(half[key] - plain[key]).flatten() for key in plain]).abs()
+    assert 0 < apart.max() < 2e-2
+    assert all(value.dtype == torch.float32 for value in half.values())
