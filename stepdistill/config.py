@@ -85,7 +85,9 @@ class Training(Section):
     max_grad_norm: PositiveFloat | None = None
     """Global norm that the gradient of a role is clipped to."""
     ema_halflife_images: PositiveFloat | None = 50_000
-    """Half-life of the student's average in generated images, ramped up as 5 % of the images so far; null is none."""
+    """Half-life of the student's average in generated images; null is none."""
+    ema_rampup: PositiveFloat = 0.05
+    """It is at most this share of the images so far: SiD's, for long runs; short ones gain from more."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""

@@ -142,9 +142,8 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         if role == "student" and self.ema is not None and self.training.ema_halflife_images is not None:
-            # SiD's ramp: the half-life is at most 5 % of the images so far.
             images = (self.progress.step + 1) * self.images_per_step
-            halflife = min(self.training.ema_halflife_images, 0.05 * images)
+            halflife = min(self.training.ema_halflife_images, self.training.ema_rampup * images)
             self.ema.decay = self.ema.min_decay = 0.5 ** (self.images_per_step / halflife)
             self.ema.step(self.learning)
 
