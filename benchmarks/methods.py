@@ -31,6 +31,7 @@ from stepdistill.bundled import bundled_configs
 from stepdistill.conditions import Cond
 from stepdistill.config import Config, Training, parse
 from stepdistill.evaluation import Evaluator
+from stepdistill.learners import networks
 from stepdistill.methods import DisBack
 from stepdistill.samplers import SampleNoise, sample_ode
 from stepdistill.teacher import load_teacher
@@ -89,7 +90,7 @@ def cost_of(config: Config, steps: int = 8) -> Cost:
     trainer = Trainer(
         method,
         replace(run.taught, call=counter),
-        run._networks(None),
+        networks(run.stage, run.teacher),
         cast(Training, run.stage.training),
         steps=looked + steps,
         batches=run.data.batch,

@@ -34,11 +34,18 @@ def _parser() -> argparse.ArgumentParser:
             "  stepdistill distill --config digits_sid\n"
             "  stepdistill distill --config digits_sid method.alpha=1.2 steps=2000 output_dir=runs/mine\n"
             "  stepdistill distill --config digits_sid resume=true\n"
+            "  stepdistill distill --config sd15_sid data.prompts=prompts.txt --dry-run\n"
             "  accelerate launch -m stepdistill distill --config digits_sid"
         ),
         formatter_class=_RAW,
     )
     _configured(distill)
+    distill.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what it takes, without weights or a GPU"
+    )
+    distill.add_argument(
+        "--tflops", type=float, default=400.0, help="10^12 operations per second of the device of a dry run (400)"
+    )
 
     teacher = commands.add_parser(
         "teacher",
@@ -149,9 +156,14 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
             from .config import Config, parse
 
             config = parse(Config, arguments.config, arguments.overrides)
-            from .distill import distill
+            if arguments.dry_run:
+                from .dry_run import dry_run
 
-            distill(config)
+                print(dry_run(config, tflops=arguments.tflops))
+            else:
+                from .distill import distill
+
+                distill(config)
         case "teacher":
             from .config import parse
             from .train_teacher import TeacherConfig, train_teacher

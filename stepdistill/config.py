@@ -37,6 +37,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 """Learning-rate schedules of diffusers."""
 
@@ -89,7 +90,7 @@ class Training(Section):
     ema_rampup: PositiveFloat = 0.05
     """It is at most this share of the images so far: SiD's, for long runs; short ones gain from more."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    teacher_dtype: Precision = "float32"
     """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
     gradient_checkpointing: bool = False
     """Keep the input of every block alone and compute the rest again on the way back: less memory, more time."""

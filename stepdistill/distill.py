@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import signal
 import statistics
@@ -19,17 +18,15 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 
-from .backbones.two_times import TargetTime
 from .checkpoints import Checkpoints
-from .config import Config, Stage, Training, parse
-from .data import check_conditions, data_free, real_images
+from .config import Config, Training, parse
+from .data import data_free, real_images
 from .errors import Diverged, UserError
 from .export import single_time
-from .hosting import plan
-from .learners import check_learners, tune
-from .lora import add_lora, check_lora, merged
+from .learners import networks, tune
+from .lora import merged
 from .outcome import Outcome
-from .preflight import check_evaluation, check_images, check_launch, check_output, check_stages, check_trackers
+from .preflight import check_launch, check_output, check_trackers, checked
 from .report import read_history
 from .snapshots import OnDisk
 from .teacher import Teacher, load_teacher
@@ -78,18 +75,10 @@ class Run:
         """Build every part; nothing is written yet."""
         self.config, self.stages, self.folder = config, config.plan, config.output_dir
         check_trackers(config.training.trackers)
-        self.teacher: Teacher = load_teacher(config.teacher, resolution=config.data.resolution)
-        guided = self.teacher.guided(config.data)
-        check_conditions(self.teacher, config.data)
-        check_stages(self.stages, guided)
-        for stage in self.stages:
-            _check_roles(stage, self.teacher, config.training)
-        self.samplers = [stage.method.sampler(guided.process) for stage in self.stages]
-        self.hosted = plan(
-            self.teacher.denoiser, self.samplers[-1], classes=self.teacher.classes, family=self.teacher.family
+        self.teacher: Teacher = load_teacher(
+            config.teacher, resolution=config.data.resolution, dtype=config.training.teacher_dtype
         )
-        check_evaluation(config.evaluate, self.teacher)
-        check_images(self.stages, config.real_data)
+        self.samplers, self.hosted = checked(config, self.teacher)
         images = real_images(self.teacher, config.real_data) if config.real_data else None
         self.accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision,
@@ -104,8 +93,6 @@ class Run:
         if images is not None:
             self.data = replace(self.data, images=images.to(self.accelerator.device))
         self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
-        if config.training.teacher_dtype != "float32":
-            self.teacher.network.to(getattr(torch, config.training.teacher_dtype))
         self.taught = self.teacher.guided(config.data, self.data.null)
         self.outcome = Outcome(config, self.teacher, self.taught, self.data)
         self._since: dict[str, list[float]] = {}
@@ -122,7 +109,7 @@ class Run:
         self.trainer = Trainer(
             stage.method,
             self.taught,
-            self._networks(student),
+            networks(stage, self.teacher, student),
             self.training,
             steps=stage.steps,
             batches=self.data.batch,
@@ -132,19 +119,6 @@ class Run:
         )
         folder = self.folder / "checkpoints" / place
         self.checkpoints = Checkpoints(folder, self._identity(), kept=self.training.checkpoints_kept)
-
-    def _networks(self, student: nn.Module | None) -> dict[str, nn.Module]:
-        networks: dict[str, nn.Module] = {}
-        for role in ("student", *self.stage.method.roles):
-            base = student if role == "student" and student is not None else self.teacher.network
-            if role in self.training.lora:
-                networks[role] = add_lora(base, self.training.lora[role], role)
-                continue
-            network = copy.deepcopy(base).float()
-            if role == "student" and self.stage.method.two_times:
-                network = TargetTime(network)
-            networks[role] = network.requires_grad_(True)
-        return networks
 
     def _identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run it continues."""
@@ -265,25 +239,6 @@ class Run:
                 measured = self.outcome.preview(step, student, self.sampler)
             if measured:
                 self._log(step, measured)
-
-
-def _check_roles(stage: Stage, teacher: Teacher, first: Training) -> None:
-    training, method = cast(Training, stage.training), stage.method
-    check_learners(teacher.network, training, two_times=method.two_times)
-    if training.teacher_dtype != first.teacher_dtype:
-        raise UserError("the stages share one teacher; set training.teacher_dtype of the run alone")
-    roles = {"student", *method.roles}
-    for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):
-        if unknown := set(named) - roles:
-            raise UserError(f"training.{section} names {sorted(unknown)}; the roles are {sorted(roles)}")
-    if teacher.makes_latents and method.sampler(teacher.denoiser.process).clip_sample:
-        raise UserError(f"{teacher.source} makes latents, which have no range to clip to; set method.clip_sample=false")
-    for role, lora in training.lora.items():
-        check_lora(teacher.network, lora, role)
-    if method.two_times and "student" in training.lora:
-        raise UserError(
-            f"training.lora.student: the student of {method.name} learns a second time embedding; remove it"
-        )
 
 
 def _every(step: int, interval: int) -> bool:

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import pkgutil
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .backbones.two_times import TargetTime, time_embeddings
-from .config import Optimizer, Training
+from .config import Optimizer, Stage, Training
 from .errors import UserError
+from .lora import add_lora
+from .teacher import Teacher
 
 _OWN = {"adam": "torch.optim.Adam", "adamw": "torch.optim.AdamW"}
+
+
+def networks(stage: Stage, teacher: Teacher, student: nn.Module | None = None) -> dict[str, nn.Module]:
+    """What learns in ``stage``, by role; the student starts as ``student``, or as the teacher as the others do."""
+    made: dict[str, nn.Module] = {}
+    lora = cast(Training, stage.training).lora
+    for role in ("student", *stage.method.roles):
+        base = student if role == "student" and student is not None else teacher.network
+        if role in lora:
+            made[role] = add_lora(base, lora[role], role)
+            continue
+        network = copy.deepcopy(base).float()
+        if role == "student" and stage.method.two_times:
+            network = TargetTime(network)
+        made[role] = network.requires_grad_(True)
+    return made
 
 
 def frozen_twin(network: nn.Module) -> nn.Module:
@@ -55,9 +73,8 @@ def optimizer_kind(config: Optimizer) -> type[torch.optim.Optimizer]:
     Raises:
         UserError: there is none, or it is no optimizer.
     """
-    module, _, name = _OWN.get(config.name, config.name).rpartition(".")
     try:
-        kind = getattr(importlib.import_module(module), name)
+        kind = pkgutil.resolve_name(_OWN.get(config.name, config.name))
     except (ImportError, ValueError, AttributeError) as error:
         raise UserError(
             f"training.optimizer.name: cannot import {config.name!r} ({error}); give {', '.join(_OWN)} or the dotted "

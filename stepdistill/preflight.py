@@ -6,15 +6,38 @@ import importlib.util
 import os
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 from accelerate.utils import LoggerType, str_to_bool
 
-from .config import Evaluate, RealData, Stage
+from .config import Config, Evaluate, RealData, Stage, Training
+from .data import check_conditions
 from .denoiser import Denoiser
 from .errors import UserError
 from .features import DigitsExtractor
-from .samplers import teacher_grid
+from .hosting import Plan, plan
+from .learners import check_learners
+from .lora import check_lora
+from .samplers import StudentSampler, teacher_grid
 from .teacher import Teacher
+
+
+def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Plan]:
+    """How the student of every stage samples, and how the last one is hosted.
+
+    Raises:
+        UserError: the stages, the teacher and the data of ``config`` do not go together.
+    """
+    guided, stages = teacher.guided(config.data), config.plan
+    check_conditions(teacher, config.data)
+    check_stages(stages, guided)
+    for stage in stages:
+        _check_roles(stage, teacher, config.training)
+    samplers = [stage.method.sampler(guided.process) for stage in stages]
+    hosted = plan(teacher.denoiser, samplers[-1], classes=teacher.classes, family=teacher.family)
+    check_evaluation(config.evaluate, teacher)
+    check_images(stages, config.real_data)
+    return samplers, hosted
 
 
 def check_launch() -> None:
@@ -117,6 +140,25 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
                 f"{stages[number - 1].method.name} {fed[0]}, that of {stages[number].method.name} {fed[1]}; "
                 "give both methods the same level (init_ratio or t_max) and input"
             )
+
+
+def _check_roles(stage: Stage, teacher: Teacher, first: Training) -> None:
+    training, method = cast(Training, stage.training), stage.method
+    check_learners(teacher.network, training, two_times=method.two_times)
+    if training.teacher_dtype != first.teacher_dtype:
+        raise UserError("the stages share one teacher; set training.teacher_dtype of the run alone")
+    roles = {"student", *method.roles}
+    for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):
+        if unknown := set(named) - roles:
+            raise UserError(f"training.{section} names {sorted(unknown)}; the roles are {sorted(roles)}")
+    if teacher.makes_latents and method.sampler(teacher.denoiser.process).clip_sample:
+        raise UserError(f"{teacher.source} makes latents, which have no range to clip to; set method.clip_sample=false")
+    for role, lora in training.lora.items():
+        check_lora(teacher.network, lora, role)
+    if method.two_times and "student" in training.lora:
+        raise UserError(
+            f"training.lora.student: the student of {method.name} learns a second time embedding; remove it"
+        )
 
 
 def check_images(stages: tuple[Stage, ...], real_data: RealData | None) -> None:

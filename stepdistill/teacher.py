@@ -13,11 +13,12 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
+from torch import nn
 
 from .backbones import FAMILIES, Family
 from .bundled import BUILTIN, bundled
 from .conditions import Cond
-from .config import Data
+from .config import Data, Precision
 from .denoiser import Denoiser, Guidance
 from .errors import UserError
 from .process import VP
@@ -87,7 +88,8 @@ class Teacher:
             uncond = {"class_labels": torch.tensor([null_label], device=self.network.device)}
         else:
             uncond = None
-        if data.guidance_scale == 1.0 and (data.null_label is None or uncond is None):
+        told_null = data.null_label is not None or data.negative_prompt is not None
+        if data.guidance_scale == 1.0 and (uncond is None or not told_null):
             return self.denoiser
         known = data.null_label in (None, self.family.null_label) or cast(int, data.null_label) < (self.classes or 0)
         if uncond is None or not known:
@@ -103,12 +105,16 @@ class Teacher:
         return replace(self.denoiser, guidance=guidance)
 
 
-def load_teacher(source: str, *, resolution: int | None = None) -> Teacher:
-    """Load a frozen teacher in float32 on the CPU; its text encoders and VAE stay on disk.
+def load_teacher(
+    source: str, *, resolution: int | None = None, dtype: Precision = "float32", weights: bool = True
+) -> Teacher:
+    """Load a frozen teacher on the CPU; its text encoders and VAE stay on disk.
 
     Args:
         source: a pipeline folder, a hub id, or a bundled teacher such as ``builtin:digits``.
         resolution: height and width of its pictures in pixels; the pipeline's own by default.
+        dtype: of its weights.
+        weights: ``False`` reads settings alone: the network is on the meta device.
 
     Raises:
         UserError: nothing there, or a pipeline, network or scheduler that is not supported; raised from the
@@ -124,12 +130,17 @@ def load_teacher(source: str, *, resolution: int | None = None) -> Teacher:
     _json(folder / "scheduler" / "scheduler_config.json", source)
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
     reading = read_scheduler(scheduler, tokens=family.tokens(config, shape))
-    folder = _whole(source, folder, index)
-    try:
-        network = family.network.from_pretrained(folder / family.component).eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: cannot read the weights in {family.component}/: {reason}") from None
+    if weights:
+        folder = _whole(source, folder, index)
+        try:
+            network = family.network.from_pretrained(folder / family.component, torch_dtype=getattr(torch, dtype))
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{source}: cannot read the weights in {family.component}/: {reason}") from None
+    else:
+        with torch.device("meta"):
+            network = nn.Module.to(family.network.from_config(config), getattr(torch, dtype))
+    network = network.eval().requires_grad_(False)
     return Teacher(
         source=source,
         folder=folder,

@@ -30,7 +30,7 @@ WRAPPERS = {"methods.disback"}
 """Papers about other papers' methods, which they may import."""
 METRICS = {"frechet", "features", "images", "evaluation", "fid"}
 MODELS = {"methods", "trainer", "checkpoints", "distill", "teacher", "train_teacher", "train_text_teacher", "export"}
-ACCELERATE = {"trainer", "checkpoints", "distill", "train_teacher", "preflight", "snapshots", "__main__"}
+ACCELERATE = {"trainer", "dry_run", "checkpoints", "distill", "train_teacher", "preflight", "snapshots", "__main__"}
 
 
 def is_paper(module: str) -> bool:

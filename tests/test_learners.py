@@ -1,5 +1,7 @@
 """Memory and speed settings: they do what they say and change no value."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_unet
@@ -103,8 +105,9 @@ def test_checkpointing_keeps_less_than_half_and_gives_the_same_gradients():
 def test_convolutions_are_in_channels_last_order_also_behind_a_second_time():
     network = TargetTime(tiny_unet())
     tune(network, Training(channels_last=True, gradient_checkpointing=True))
-    assert network.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert network.network.mid_block.gradient_checkpointing
+    stock: Any = network.network
+    assert stock.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert stock.mid_block.gradient_checkpointing
 
 
 def test_an_optimizer_is_found_by_its_dotted_name_and_given_what_it_knows():

@@ -30,5 +30,6 @@ def test_a_large_tensor_made_again_touches_no_fresh_page():
         done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("keep") < 20_000
-    assert faults("plain") > 100_000
+    assert all(faults("keep") < 20_000 for _ in range(2))
+    # Whether glibc gives the memory back depends on what happens to lie above it: about every second time.
+    assert any(faults("plain") > 100_000 for _ in range(10))

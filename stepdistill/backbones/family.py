@@ -39,6 +39,8 @@ class Family:
     """Name of the last, linear layer: scaling its parameters scales the output."""
     encode: Encode | None = None
     """Reads prompts; ``None`` for a family without text."""
+    told: Callable[[Config], Mapping[str, tuple[int, ...]]] = lambda config: {}
+    """Shapes of one row of what ``encode`` gives for prompts of full length."""
     null: Null | None = None
     """Reads the negative prompt where the stock pipeline does not read it as any other."""
     tokens: Callable[[Config, tuple[int, int, int]], int] = lambda config, shape: (

@@ -65,6 +65,13 @@ def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) ->
     return rows(encoder_hidden_states=embeds, pooled_projections=pooled)
 
 
+def _told(config: Config) -> dict[str, tuple[int, ...]]:
+    return {
+        "encoder_hidden_states": (512, config["joint_attention_dim"]),
+        "pooled_projections": (config["pooled_projection_dim"],),
+    }
+
+
 FLUX = Family(
     pipelines=("FluxPipeline",),
     component="transformer",
@@ -76,5 +83,6 @@ FLUX = Family(
     later_noise=_later_noise,
     output="proj_out",
     encode=_encode,
+    told=_told,
     embeds_guidance=lambda config: config["guidance_embeds"],
 )

@@ -43,11 +43,20 @@ def _null(pipeline: Any, negative: str | None, config: Config, size: int) -> Con
 
 def _rows(embeds: Tensor, mask: Tensor, config: Config, size: int) -> Cond:
     made = rows(encoder_hidden_states=embeds, encoder_attention_mask=mask)
-    added = config["use_additional_conditions"]
-    if not (config["sample_size"] == 128 if added is None else added):
+    if not _told_sizes(config):
         return made
     sizes = torch.tensor([[float(size), float(size)]]).expand(len(embeds), -1)
     return {**made, "resolution": sizes, "aspect_ratio": torch.ones(len(embeds), 1)}
+
+
+def _told_sizes(config: Config) -> bool:
+    added = config["use_additional_conditions"]
+    return config["sample_size"] == 128 if added is None else added
+
+
+def _told(config: Config) -> dict[str, tuple[int, ...]]:
+    text = {"encoder_hidden_states": (300, config["caption_channels"]), "encoder_attention_mask": (300,)}
+    return {**text, "resolution": (2,), "aspect_ratio": (1,)} if _told_sizes(config) else text
 
 
 PIXART = Family(
@@ -58,6 +67,7 @@ PIXART = Family(
     shape=square,
     output="proj_out",
     encode=_encode,
+    told=_told,
     null=_null,
     arguments={"guidance_scale": 1.0, "use_resolution_binning": False},
 )

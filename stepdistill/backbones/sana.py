@@ -45,6 +45,11 @@ def _rows(embeds: Tensor, mask: Tensor, config: Config) -> Cond:
     return rows(encoder_hidden_states=embeds, encoder_attention_mask=mask, timestep_scale=scale)
 
 
+def _told(config: Config) -> dict[str, tuple[int, ...]]:
+    text = {"encoder_hidden_states": (300, config["caption_channels"]), "encoder_attention_mask": (300,)}
+    return {**text, "timestep_scale": ()}
+
+
 SANA = Family(
     pipelines=("SanaPipeline",),
     component="transformer",
@@ -53,6 +58,7 @@ SANA = Family(
     shape=square,
     output="proj_out",
     encode=_encode,
+    told=_told,
     null=_null,
     refuse=lambda config: "guidance_embeds (Sana-Sprint) is not supported yet" if config["guidance_embeds"] else None,
     usual_size=1024,

@@ -31,6 +31,13 @@ def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) ->
     return rows(encoder_hidden_states=embeds, pooled_projections=pooled)
 
 
+def _told(config: Config) -> dict[str, tuple[int, ...]]:
+    return {
+        "encoder_hidden_states": (77 + 256, config["joint_attention_dim"]),
+        "pooled_projections": (config["pooled_projection_dim"],),
+    }
+
+
 SD3 = Family(
     pipelines=("StableDiffusion3Pipeline",),
     component="transformer",
@@ -39,5 +46,6 @@ SD3 = Family(
     shape=square,
     output="proj_out",
     encode=_encode,
+    told=_told,
     arguments={"guidance_scale": 1.0},
 )

@@ -32,6 +32,15 @@ def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) ->
     return rows(encoder_hidden_states=embeds)
 
 
+def _told(config: Config) -> dict[str, tuple[int, ...]]:
+    return {"encoder_hidden_states": (77, config["cross_attention_dim"])}
+
+
+def _told_xl(config: Config) -> dict[str, tuple[int, ...]]:
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return {**_told(config), "text_embeds": (pooled,), "time_ids": (6,)}
+
+
 def _encode_xl(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
     embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), None, pipeline.text_encoder.device, 1, False)
     return rows(encoder_hidden_states=embeds, text_embeds=pooled, time_ids=_sizes(size, len(embeds)))
@@ -82,9 +91,10 @@ SD = Family(
     shape=square,
     output="conv_out",
     encode=_encode,
+    told=_told,
     bottleneck=bottleneck,
     refuse=_refuse,
     hosted=without_guidance,
 )
 
-SDXL = replace(SD, pipelines=("StableDiffusionXLPipeline",), encode=_encode_xl, null=_null_xl)
+SDXL = replace(SD, pipelines=("StableDiffusionXLPipeline",), encode=_encode_xl, told=_told_xl, null=_null_xl)

@@ -88,7 +88,8 @@ class ScoreDistillation(Method):
         scales = self.fake_scales(teacher)
         if teacher.guidance is None and any(scale != 1 for scale in scales):
             raise ValueError(
-                f"guidance {scales} of the fake network needs a class-conditional teacher and data.null_label"
+                f"guidance {scales} of the fake network needs to know what no condition is: set data.negative_prompt "
+                'to "", or data.null_label'
             )
 
     def turns(self, step: int) -> Iterator[Turn]:

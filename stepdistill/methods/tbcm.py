@@ -23,7 +23,7 @@ from ..conditions import Cond, concatenate
 from ..denoiser import Denoiser, Prediction
 from ..process import InputScale, NoiseProcess, Trig, broadcast
 from ..samplers import StudentSampler
-from ._shared import few_step_times, pixel_mean, pixel_sum
+from ._shared import few_step_times, pixel_mean, pixel_sum, without_autocast
 from .base import Batch, Loss, Method, Nets, Turn
 
 
@@ -168,7 +168,7 @@ class TBCM(Method):
         view, total = Trig(noise_std=self.sigma_data), pixel_sum if self.tangent_norm == "l2" else pixel_mean
         points = self.trajectory(nets["teacher"], batch.noise, batch.cond)
         derivative = exact_change if self.jvp == "exact" else partial(finite_change, step=self.finite_step)
-        with torch.no_grad(), torch.autocast(points.x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(points.x):
             change = derivative(nets["still"].under(view), points)
         found = slope(nets["student"].under(view)(points.x, points.t, points.cond))
         g = tangent(found.detach(), change, points, ramp)

@@ -1,0 +1,241 @@
+"""What a run would train, need and cost, found out on the meta device: no weights, no data, no GPU.
+
+The training step itself runs, on tensors that have a shape and no numbers, so that what is reported is what the
+code does and not what a formula says of it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from .conditions import Cond
+from .config import Config, Stage, Training
+from .data import DataFree, class_labels, draws
+from .learners import learning, networks, tune
+from .preflight import checked
+from .teacher import Teacher, load_teacher
+from .trainer import Trainer
+
+META = torch.device("meta")
+_STATES = 2
+"""Of Adam and its relatives: two moments of every weight that learns, of four bytes or, in 8-bit ones, of one."""
+
+
+def dry_run(config: Config, *, tflops: float = 400.0) -> str:
+    """Build and check everything of ``config``, run a step without numbers, and say what a real run would take.
+
+    Args:
+        config: of the run; nothing is written.
+        tflops: 10^12 operations per second that a device is taken to do: 400 is 40 % of an H100 in bfloat16.
+
+    Raises:
+        UserError: as the run itself would, but for the weights.
+    """
+    teacher = _teacher(config)
+    samplers, hosted = checked(config, teacher)
+    shape, process = "x".join(map(str, teacher.sample_shape)), teacher.denoiser.process
+    lines = [
+        f"teacher   {teacher.source}: {teacher.family.network.__name__}, {teacher.denoiser.target}, "
+        f"{type(process).__name__}, samples of {shape}, pictures of {teacher.picture_size} pixels, "
+        f"guidance {config.data.guidance_scale:g}",
+    ]
+    for number, (stage, sampler) in enumerate(zip(config.plan, samplers, strict=True), 1):
+        times = ", ".join(f"{time:.4g}" for time in sampler.times)
+        lines += ["", f"stage {number}: {stage.method.name}, {len(sampler.times)} call(s) at t = {times}"]
+        lines += rehearse(stage, config).lines(stage, tflops)
+    pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
+    lines += ["", f"student   {pipeline} with {type(hosted.scheduler).__name__}, {hosted.steps} network call(s)"]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one network of a run holds."""
+
+    weights: int
+    """Parameters in memory of its own; adapters share the teacher's."""
+    learning: int
+    """Those that learn."""
+    resident: int
+    """Bytes of weights, optimizer and average."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A stage as it ran without numbers."""
+
+    roles: dict[str, Role]
+    peak: int
+    """Bytes that a step needs on top: activations and the gradients of a turn."""
+    flops: int
+    """Operations of a step on one device."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes on each device."""
+        return sum(role.resident for role in self.roles.values()) + self.peak
+
+    def lines(self, stage: Stage, tflops: float) -> list[str]:
+        """A table for people."""
+        training = cast(Training, stage.training)
+        rows = [
+            f"  {name:<12}{role.weights / 1e6:>10.1f} M {role.learning / 1e6:>10.1f} M {_size(role.resident):>12}"
+            for name, role in self.roles.items()
+        ]
+        seconds = self.flops / (tflops * 1e12)
+        batch = f"{training.batch_size} x {training.gradient_accumulation}"
+        return [
+            f"  {'network':<12}{'weights':>12}{'learning':>13}{'memory':>13}",
+            *rows,
+            f"  a step: batch {batch} on each device, {_size(self.peak)} of activations and gradients, "
+            f"{self.flops / 1e12:.3g} TFLOP",
+            f"  together {_size(self.memory)} on each device; {stage.steps} steps, at {tflops:g} TFLOP/s about "
+            f"{seconds:.2g} s each, {seconds * stage.steps / 3600:.2g} hours",
+        ]
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def rehearse(stage: Stage, config: Config) -> Rehearsal:
+    """Run the last step of ``stage`` on the meta device, in the precision of its training."""
+    teacher, training = _teacher(config), cast(Training, stage.training)
+    data = _data(config, teacher)
+    tune(teacher.network, training)
+    settings = training.model_copy(update={"compile": None, "mixed_precision": "no"})
+    made = networks(stage.model_copy(update={"training": settings}), teacher)
+    taught = teacher.guided(config.data, data.null)
+    trainer = Trainer(
+        stage.method, taught, made, settings, steps=stage.steps, batches=data.batch, accelerator=_OnMeta()
+    )
+    frozen = {role: trainer.frozen[role].network for role in ("teacher", *stage.method.frozen_roles)}
+    roles = {role: _role(network, role, training) for role, network in {**frozen, **made}.items()}
+    if training.mixed_precision != "no":
+        half = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float16
+        for network in (*made.values(), *(net.network for net in trainer.frozen.values())):
+            nn.Module.to(network, half)
+    step = Step(stage, trainer)
+    with patch.object(functional, "scaled_dot_product_attention", _fused):
+        peak, flops = measured(step, step.everything(), META)
+        if trainer.memory:  # made once, by the first step
+            peak, flops = measured(step, step.everything(), META)
+    return Rehearsal(roles, peak, flops * training.gradient_accumulation)
+
+
+def measured(run: Callable[[], object], before: list[Tensor], device: torch.device) -> tuple[int, int]:
+    """The most bytes on ``device`` that ``run`` holds beside ``before``, and its operations."""
+    with FlopCounterMode(display=False) as counter, _Peak(before, device) as peak:
+        run()
+    return peak.most, counter.get_total_flops()
+
+
+class Step:
+    """The turns of the last step, without optimizers."""
+
+    def __init__(self, stage: Stage, trainer: Trainer) -> None:
+        self.stage, self.trainer = stage, trainer
+
+    def __call__(self) -> None:
+        trainer, size = self.trainer, cast(Training, self.stage.training).batch_size
+        for role, loss in self.stage.method.turns(self.stage.steps - 1):
+            batch = trainer.batches(size)._replace(memory=trainer.memory)
+            loss(trainer.nets[role], batch).value.backward()
+            trainer.learners[role].zero_grad()
+
+    def everything(self) -> list[Tensor]:
+        """What is in memory before the step."""
+        nets = [*self.trainer.learners.values(), *(net.network for net in self.trainer.frozen.values())]
+        return [each for net in nets for each in (*net.parameters(), *net.buffers())] + [*self.trainer.memory.values()]
+
+
+class _OnMeta(Accelerator):
+    device = META  # type: ignore[assignment]
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,  # noqa: ANN401
+) -> Tensor:
+    """Attention as a GPU computes it, without the matrix of all pairs."""
+    if not torch.backends.cuda.mem_efficient_sdp_enabled():  # forward mode has asked for the matrix
+        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:2], query.shape[2], key.shape[2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+class _Peak(TorchDispatchMode):
+    """Follows every storage from when it is made to when it is freed."""
+
+    def __init__(self, before: list[Tensor], device: torch.device) -> None:
+        super().__init__()
+        self.device, self.now, self.most = device, 0, 0
+        self.known = {each.untyped_storage()._cdata for each in before}
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._see, made)
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.device != self.device:
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.known:
+            return
+        self.known.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, which: int, size: int) -> None:
+        self.known.discard(which)
+        self.now -= size
+
+
+def _role(network: nn.Module, role: str, training: Training) -> Role:
+    own = learning(network) if role in training.lora else list(network.parameters())
+    moved = sum(p.numel() for p in own if p.requires_grad)
+    kind = training.role_optimizers.get(role, training.optimizer).name
+    states = _STATES * (1 if "8bit" in kind.lower() else 4)
+    average = 4 if role == "student" and training.ema_halflife_images else 0
+    held = sum(p.numel() * p.element_size() for p in own)
+    return Role(sum(p.numel() for p in own), moved, held + moved * (states + average))
+
+
+def _teacher(config: Config) -> Teacher:
+    dtype = config.training.teacher_dtype
+    return load_teacher(config.teacher, resolution=config.data.resolution, dtype=dtype, weights=False)
+
+
+def _data(config: Config, teacher: Teacher) -> DataFree:
+    """One row of zeros in place of what prompts would say."""
+    if teacher.family.encode is None:
+        labels = class_labels(teacher.source, teacher.classes, config.data, teacher.family.null_label)
+        return draws(teacher.sample_shape, labels, META)
+    table: Cond = {key: torch.zeros(1, *shape) for key, shape in teacher.family.told(teacher.network.config).items()}
+    null = None if teacher.embeds_guidance else {key: value.to(META) for key, value in table.items()}
+    if teacher.embeds_guidance:
+        table = {**table, "guidance": torch.full((1,), float(config.data.guidance_scale))}
+    return DataFree(teacher.sample_shape, META, table, null=null)

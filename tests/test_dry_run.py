@@ -1,0 +1,149 @@
+"""A dry run: every recipe at paper scale is accepted, and what it says of memory and operations is what happens."""
+
+import architectures
+import families
+import pytest
+import torch
+from torch import nn
+
+from stepdistill.__main__ import main
+from stepdistill.bundled import bundled_configs
+from stepdistill.config import Config, parse
+from stepdistill.distill import Run
+from stepdistill.dry_run import META, Step, dry_run, measured, rehearse
+from stepdistill.errors import UserError
+from stepdistill.preflight import checked
+from stepdistill.prompts import encode
+from stepdistill.teacher import load_teacher
+
+PAPER_SCALE = [name for name in bundled_configs() if not name.startswith(("digits_", "teacher_"))]
+PARAMETERS = {  # of the model cards, in millions
+    "google/ddpm-cifar10-32": 35.7,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": 859.5,
+    "stabilityai/stable-diffusion-2-1-base": 865.9,
+    "stabilityai/stable-diffusion-xl-base-1.0": 2567.5,
+    "stabilityai/stable-diffusion-3-medium-diffusers": 2028.3,
+    "black-forest-labs/FLUX.1-dev": 11901.4,
+    "Efficient-Large-Model/Sana_600M_1024px_diffusers": 591.7,
+}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n")
+    return str(file)
+
+
+def config_of(recipe, folder, prompts, *overrides):
+    """The recipe with its teacher's settings in a folder, and prompts where it asks for some."""
+    config = parse(Config, recipe, [])
+    teacher = architectures.write(config.teacher, folder / "teacher")
+    told = [f"data.prompts={prompts}"] if config.data.prompts else []
+    return config.teacher, parse(Config, recipe, [f"teacher={teacher}", *told, *overrides])
+
+
+@pytest.mark.parametrize("recipe", PAPER_SCALE)
+def test_recipes_at_paper_scale_fit_their_teachers(recipe, tmp_path, prompts):
+    hub_id, config = config_of(recipe, tmp_path, prompts)
+    teacher = load_teacher(config.teacher, resolution=config.data.resolution, weights=False)
+    samplers, hosted = checked(config, teacher)
+    assert sum(p.numel() for p in teacher.network.parameters()) / 1e6 == pytest.approx(PARAMETERS[hub_id], abs=0.05)
+    assert len(samplers[-1].times) == hosted.steps
+
+
+def test_every_mission_method_has_a_recipe_at_paper_scale():
+    used = {parse(Config, name, []).plan[0].method.name for name in PAPER_SCALE}
+    assert used >= {"sid", "dmd", "disback", "swiftbrush", "tbcm", "tscd", "boot"}
+
+
+def test_a_full_size_step_is_rehearsed(tmp_path, prompts):
+    """Operations against the published cost of this UNet: 0.8 TFLOP (402 GMAC) for one row forward at 512 pixels."""
+    _, config = config_of("sd21_swiftbrush", tmp_path, prompts, "training.batch_size=1")
+    rehearsal = rehearse(config.plan[0], config)
+    # forward: student, two guided calls of the fake network and two of the teacher; learning costs two more
+    assert 0.7e12 < rehearsal.flops / 15 < 0.9e12
+    assert rehearsal.roles["fake"].weights < 0.01 * rehearsal.roles["teacher"].weights
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "flux"])
+def test_prompts_have_the_shape_that_is_assumed(family, tmp_path):
+    teacher = load_teacher(str(families.build(family, tmp_path / family)))
+    table, _ = encode(teacher, ["a cat"], None)
+    told = teacher.family.told(teacher.network.config)
+    assert set(table) == set(told)
+    for key, tensor in table.items():
+        shape = tuple(tensor.shape[1:])
+        assert len(shape) == len(told[key])
+        # tiny tokenizers read fewer tokens, which are the first of two dimensions or the only one of a mask
+        assert shape[-1] == told[key][-1] or key.endswith("mask") if shape else True
+
+
+@pytest.mark.parametrize("recipe", [name for name in bundled_configs() if name.startswith("digits_")])
+def test_every_method_can_be_rehearsed(recipe, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--config", recipe, "--dry-run", "--tflops", "0.1"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    assert "student" in said
+    assert "at 0.1 TFLOP/s" in said
+    assert not (parse(Config, recipe, []).output_dir).exists()
+
+
+def test_memory_falls_as_the_settings_promise():
+    def needs(*overrides):
+        config = parse(Config, "digits_sid", ["training.batch_size=64", *overrides])
+        return rehearse(config.plan[0], config)
+
+    joint, careful = needs("method.low_memory=false"), needs("method.low_memory=true")
+    assert careful.peak < 0.75 * joint.peak
+    assert careful.flops > 1.1 * joint.flops
+    again = needs("method.low_memory=false", "training.gradient_checkpointing=true")
+    assert again.peak < 0.8 * joint.peak
+    assert again.flops > 1.2 * joint.flops
+    adapters = needs("training.lora.fake={rank: 4, alpha: 4}")
+    assert adapters.roles["fake"].resident < 0.1 * careful.roles["fake"].resident
+    eight_bit = needs("training.optimizer.name=torch.optim.AdamW")
+    assert eight_bit.memory == needs().memory
+    half = needs("training.mixed_precision=bf16")
+    assert half.peak < 0.6 * needs().peak
+    assert half.roles == needs().roles
+    longer = needs("training.gradient_accumulation=3")
+    assert longer.flops == 3 * joint.flops
+    assert longer.peak == joint.peak
+
+
+def test_the_meta_device_needs_what_a_device_needs():
+    """The same step with numbers, on the CPU: the same bytes and operations."""
+    found = {}
+    for device in (META, torch.device("cpu")):
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)]
+        network = nn.Sequential(*layers).to(device)
+        x = torch.zeros(4, 3, 16, 16, device=device)
+
+        def step(network=network, x=x):
+            network(x).square().mean().backward()
+            network.zero_grad()
+
+        found[device.type] = measured(step, [x, *network.parameters()], device)
+    assert found["meta"] == found["cpu"]
+    assert found["meta"][0] >= 4 * 8 * 16 * 16 * 4 * 2  # what the convolution and the activation say
+
+
+def test_a_rehearsed_step_needs_what_a_step_needs(tmp_path):
+    config = parse(Config, "digits_sid", [f"output_dir={tmp_path}", "training.trackers=[]"])
+    run = Run(config)
+    step = Step(run.stage, run.trainer)
+    peak, flops = measured(step, step.everything(), torch.device("cpu"))
+    rehearsal = rehearse(config.plan[0], config)
+    assert rehearsal.peak == pytest.approx(peak, rel=0.02)
+    assert rehearsal.flops == pytest.approx(flops, rel=0.02)
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, prompts):
+    _, config = config_of("sd15_sid", tmp_path, prompts)
+    wrong = parse(
+        Config, "sd15_sid", [f"teacher={config.teacher}", f"data.prompts={prompts}", "method.clip_sample=true"]
+    )
+    with pytest.raises(UserError, match="makes latents"):
+        dry_run(wrong)
