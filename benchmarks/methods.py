@@ -32,7 +32,7 @@ from stepdistill.conditions import Cond
 from stepdistill.config import Config, Training, parse
 from stepdistill.evaluation import Evaluator
 from stepdistill.learners import networks
-from stepdistill.methods import DisBack
+from stepdistill.methods import TBCM, TSCD, DisBack
 from stepdistill.samplers import SampleNoise, sample_ode
 from stepdistill.teacher import load_teacher
 from stepdistill.trainer import Trainer
@@ -112,6 +112,7 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     config = parse(Config, name, [f"seed={seed}", f"output_dir={folder}"])
     cost = cost_of(config)
     steps = cost.steps(units)
+    share = steps / cast(int, config.steps)
     resume = folder.is_dir() and any(folder.glob("checkpoints/**/step_*"))
     if folder.is_dir() and not resume:
         shutil.rmtree(folder)
@@ -120,6 +121,7 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
         *(f"seed={seed}", f"steps={steps}", f"output_dir={folder}", f"resume={str(resume).lower()}"),
         *(f"training.preview_every={every}", f"training.checkpoint_every={every}", "training.trackers=[]"),
         *(f"evaluate.samples={samples}", "evaluate.curve_samples=1000", "evaluate.teacher_steps=[1]"),
+        *phases(config.method, share),
     ]
     code = (
         f"import torch, sys, resource, pathlib; torch.set_num_threads({threads})\n"
@@ -130,6 +132,15 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     subprocess.run([sys.executable, "-c", code, name, *overrides], check=True)
     peak = int((folder / "peak").read_text()) // 1024
     done.write_text(json.dumps({"cost": asdict(cost), "steps": steps, "peak_mb": peak}))
+
+
+def phases(method: object, share: float) -> list[str]:
+    """Overrides that scale the parts of a method that are counted in steps with the length of its run."""
+    if isinstance(method, TSCD):
+        return [f"method.stage_steps={[max(1, round(steps * share)) for steps in method.stage_steps]}"]
+    if isinstance(method, TBCM):
+        return [f"method.warmup_steps={round(method.warmup_steps * share)}"]
+    return []
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -155,10 +155,10 @@ class Denoiser:
 
     def _called(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         """The network's output in at least float32; a network in half precision is told so."""
-        dtype = next(self.network.parameters()).dtype
-        if dtype in (torch.bfloat16, torch.float16):
-            x = x.to(dtype)
-            cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        weight = next(self.network.parameters(), x)
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            x = x.to(weight.dtype)
+            cond = {key: value.to(x.dtype) if value.is_floating_point() else value for key, value in cond.items()}
         return _full_precision(self.call(self.network, x, label, cond))
 
     def _input_scale(self, s: Tensor) -> Tensor | float:

@@ -24,7 +24,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from .backbones import Family
-from .backbones.two_times import TargetTime
+from .backbones.two_times import TargetTime, time_embeddings
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .decoder import Decoder
@@ -59,11 +59,17 @@ def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan, fam
     if not math.isclose(hosted.map.input, 1.0, rel_tol=1e-12):
         network.conv_in.weight.mul_(hosted.map.input)
     if abs(hosted.map.label - hosted.label) > 1e-6:
-        labels = torch.tensor([hosted.map.label, hosted.label], device=network.device, dtype=torch.float64)
-        wanted, told = network.time_proj(labels.float())
-        first = network.time_embedding.linear_1
-        first.bias.add_(first.weight @ (wanted - told))
+        _relabel(network, wanted=hosted.map.label, told=hosted.label)
     return family.hosted(network)
+
+
+def _relabel(network: Any, *, wanted: float, told: float) -> None:  # noqa: ANN401
+    """Change biases so that a network that is told ``told`` does what it did for ``wanted``."""
+    labels = torch.tensor([wanted, told], device=network.device)
+    for place in time_embeddings(network):
+        ours, theirs = network.get_submodule(place.rpartition(".")[0]).time_proj(labels)
+        first = network.get_submodule(place).linear_1
+        first.bias.add_(first.weight @ (ours - theirs))
 
 
 def single_time(network: nn.Module, process: NoiseProcess, sampler: StudentSampler) -> nn.Module:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import (
     ConsistencyModelPipeline,
@@ -18,6 +19,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from .backbones import Family
+from .backbones.dit import DIT
 from .backbones.two_times import TargetTime
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
@@ -25,6 +27,9 @@ from .denoiser import Denoiser
 from .errors import UserError
 from .process import VP, Flow
 from .samplers import StudentSampler
+
+if TYPE_CHECKING:
+    from diffusers import FlowMapEulerDiscreteScheduler
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Plan:
 
     pipeline: type[DiffusionPipeline] | None
     """``None`` is the teacher's own."""
-    scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler
+    scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler
     steps: int
     """Network calls."""
     map: OneStepMap
@@ -88,13 +93,13 @@ def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None, fa
         raise UserError(
             f"the input scale of this student cannot be folded into {family.network.__name__}; set method.input=unit"
         )
+    if family is DIT and isinstance(denoiser.process, Flow):
+        return _class_flow_plan(denoiser, sampler, first)
     if first.label < 1 or abs(first.label - round(first.label)) > 1e-6:
         raise UserError(
             f"the stock scheduler counts its timesteps, this student enters at {first.label:.4g}; choose "
             "method.init_ratio or method.t_max at a whole one"
         )
-    if family.encode is None and isinstance(denoiser.process, Flow):
-        raise UserError(f"no stock pipeline runs a flow student of {family.network.__name__}")
     return replace(make(denoiser, sampler, first, classes=None), pipeline=None)
 
 
@@ -173,12 +178,10 @@ def _table_scheduler(
 
 def _flow_scheduler(denoiser: Denoiser, sampler: StudentSampler, refusal: str) -> FlowMatchEulerDiscreteScheduler:
     """The Euler scheduler of rectified flow from pure noise in even steps of sigma."""
-    process, times, steps = denoiser.process, torch.tensor(sampler.times, dtype=torch.float64), len(sampler.times)
-    levels, told = process.sigma(times).tolist(), process.label(times[:1]).item()
-    even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
+    told, steps = denoiser.process.label(torch.tensor(sampler.times[:1])).item(), len(sampler.times)
     # The scheduler counts its timesteps, so the network must be told a whole multiple of sigma.
-    counted = isinstance(process, Flow) and not process.reversed_label and told > 1.5 and abs(told - round(told)) < 1e-6
-    if not counted or not even or denoiser.target != "flow":
+    counted = told > 1.5 and abs(told - round(told)) < 1e-6
+    if not counted or not _evenly_told(denoiser, sampler) or denoiser.target != "flow":
         raise UserError(
             f"{refusal}: it takes a DDPM table, or a rectified flow at sigma 1, {1 - 1 / steps:.4g}, ... "
             "(method.init_ratio=.inf) that is told a whole multiple of sigma, at least 2"
@@ -189,6 +192,29 @@ def _flow_scheduler(denoiser: Denoiser, sampler: StudentSampler, refusal: str) -
         shift_terminal=1 / steps,
         stochastic_sampling=sampler.renoising == "fresh",
     )
+
+
+def _class_flow_plan(denoiser: Denoiser, sampler: StudentSampler, first: OneStepMap) -> Plan:
+    """DiT's pipeline has its scheduler scale the input, which one alone of the flow schedulers can."""
+    steps = len(sampler.times)
+    if steps > 1 and not (sampler.renoising == "ddim" and _evenly_told(denoiser, sampler)):
+        raise UserError(
+            f"no stock scheduler runs this class-conditional flow in {steps} steps: it takes method.renoising=ddim "
+            "and a network that is told a multiple of sigma, from sigma 1 (method.init_ratio=.inf)"
+        )
+    if "FlowMapEulerDiscreteScheduler" not in dir(diffusers):
+        raise UserError("a class-conditional flow student needs FlowMapEulerDiscreteScheduler; upgrade diffusers")
+    label = max(1, round(first.label))
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=label, shift=1.0)
+    return Plan(None, scheduler, steps, first, -1.0, label)
+
+
+def _evenly_told(denoiser: Denoiser, sampler: StudentSampler) -> bool:
+    """Whether a flow is entered at sigma 1 and left in even steps, and the network told a multiple of sigma."""
+    process, steps = denoiser.process, len(sampler.times)
+    levels = process.sigma(torch.tensor(sampler.times, dtype=torch.float64)).tolist()
+    even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
+    return even and isinstance(process, Flow) and not process.reversed_label
 
 
 def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:

@@ -65,7 +65,7 @@ def read_scheduler(scheduler: SchedulerMixin, *, tokens: int | None = None) -> R
         raise UserError(f"scheduler {type(scheduler).__name__} is not supported; supported are {known}")
     config: dict[str, Any] = dict(scheduler.config)
     if flow := _flow(scheduler, config, tokens):
-        return _reading(flow, "flow")
+        return _reading(flow, "flow", negated=flow.reversed_label)
     if isinstance(scheduler, CMStochasticIterativeScheduler):
         process = VE(max(config["sigma_min"], 1e-3), config["sigma_max"], config["rho"], label_scale=250.0)
         target: Target = "consistency" if config["sigma_min"] > 0 else "edm"
@@ -90,9 +90,8 @@ def read_scheduler(scheduler: SchedulerMixin, *, tokens: int | None = None) -> R
 def _flow(scheduler: SchedulerMixin, config: dict[str, Any], tokens: int | None) -> Flow | None:
     """Rectified flow, of its own scheduler or of a DPM-Solver told so (Sana's); ``None`` for everything else."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        if config["invert_sigmas"]:
-            raise UserError("FlowMatchEulerDiscreteScheduler with invert_sigmas=true is not supported")
-        return Flow(_flow_shift(config, tokens), label_scale=config["num_train_timesteps"])
+        inverted = config["invert_sigmas"]  # time runs from noise to data, and the velocity with it (SiT)
+        return Flow(_flow_shift(config, tokens), config["num_train_timesteps"], reversed_label=inverted)
     if config.get("use_flow_sigmas") and config["prediction_type"] == "flow_prediction":
         return Flow(config["flow_shift"], label_scale=config["num_train_timesteps"])
     return None

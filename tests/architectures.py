@@ -74,6 +74,19 @@ PIPELINES: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any], dict[s
         {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
         _VAE,
     ),
+    "SiT-XL-2-256": (
+        *("DiTPipeline", "DiTTransformer2DModel"),
+        {
+            "num_layers": 28,
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "in_channels": 4,
+            "out_channels": 8,
+            "sample_size": 32,
+            "num_embeds_ada_norm": 1000,
+        },
+        *("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1, "invert_sigmas": True}, _VAE),
+    ),
     "Efficient-Large-Model/Sana_600M_1024px_diffusers": (
         *("SanaPipeline", "SanaTransformer2DModel"),
         {

@@ -296,7 +296,7 @@ def flux(*, guidance: bool = True) -> Any:
     )
 
 
-def dit() -> Any:
+def dit(scheduler: Any = None) -> Any:
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -308,8 +308,13 @@ def dit() -> Any:
         num_embeds_ada_norm=1000,
         norm_num_groups=4,
     )
-    scheduler: Any = DDIMScheduler(**LINEAR, clip_sample=False)
+    scheduler = scheduler or DDIMScheduler(**LINEAR, clip_sample=False)
     return DiTPipeline(transformer=transformer.eval(), vae=vae(), scheduler=scheduler)
+
+
+def sit(*, inverted: bool) -> Any:
+    """Labels in [0, 1]: from noise to data as SiT has them, or the other way as REPA has."""
+    return dit(FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, invert_sigmas=inverted))
 
 
 BUILD = {
@@ -323,6 +328,8 @@ BUILD = {
     "flux": flux,
     "flux-schnell": lambda: flux(guidance=False),
     "dit": dit,
+    "sit": lambda: sit(inverted=True),
+    "repa": lambda: sit(inverted=False),
 }
 
 

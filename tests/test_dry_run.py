@@ -23,6 +23,7 @@ PARAMETERS = {  # of the model cards, in millions
     "stabilityai/stable-diffusion-2-1-base": 865.9,
     "stabilityai/stable-diffusion-xl-base-1.0": 2567.5,
     "stabilityai/stable-diffusion-3-medium-diffusers": 2028.3,
+    "SiT-XL-2-256": 749.8,  # 675.1 and, in diffusers, 27 more embeddings of label and time
     "black-forest-labs/FLUX.1-dev": 11901.4,
     "Efficient-Large-Model/Sana_600M_1024px_diffusers": 591.7,
 }
@@ -54,7 +55,7 @@ def test_recipes_at_paper_scale_fit_their_teachers(recipe, tmp_path, prompts):
 
 def test_every_mission_method_has_a_recipe_at_paper_scale():
     used = {parse(Config, name, []).plan[0].method.name for name in PAPER_SCALE}
-    assert used >= {"sid", "dmd", "disback", "swiftbrush", "tbcm", "tscd", "boot"}
+    assert used >= {"sid", "dmd", "disback", "swiftbrush", "tbcm", "tscd", "boot", "freeflow"}
 
 
 def test_a_full_size_step_is_rehearsed(tmp_path, prompts):

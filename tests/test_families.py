@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from families import BUILD, build
 
 from stepdistill import outcome
@@ -19,6 +24,7 @@ from stepdistill.config import Config, Data
 from stepdistill.data import data_free
 from stepdistill.decoder import Decoder
 from stepdistill.distill import distill
+from stepdistill.errors import UserError
 from stepdistill.export import DESCRIPTION, Host, empty_parts, export
 from stepdistill.hosting import plan
 from stepdistill.methods import SiD
@@ -27,6 +33,8 @@ from stepdistill.teacher import Teacher, load_teacher
 
 PROMPTS = ("a cat", "two dogs")
 INF = float("inf")
+CLASSES = ("dit", "sit", "repa")
+"""Those asked for a class and not for a prompt."""
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +74,7 @@ def asked(teacher: Teacher, **options: Any) -> Data:
 def call(name: str, teacher: Teacher, k: int) -> dict[str, Any]:
     """A stock call for condition ``k``."""
     made = dict(teacher.family.arguments)
-    made |= {"class_labels": [(3, 7)[k]]} if name == "dit" else {"prompt": PROMPTS[k]}
+    made |= {"class_labels": [(3, 7)[k]]} if name in CLASSES else {"prompt": PROMPTS[k]}
     if name in ("flux", "flux-schnell", "sana"):
         made |= {"height": teacher.picture_size, "width": teacher.picture_size}
     return made | ({"guidance_scale": 1.0} if name == "flux" else {})
@@ -87,6 +95,7 @@ GUIDED = {
     "pixart": 3.0,
     "sana": 3.0,
     "dit": 3.0,
+    "repa": 3.0,
 }
 
 
@@ -103,10 +112,14 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     denoiser = teacher.guided(asked(teacher, guidance_scale=scale), data.null)
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty_parts(teacher.index))
     pipeline.set_progress_bar_config(disable=True)
-    if "flow" in type(pipeline.scheduler).__name__.lower() or name == "sana":
+    if name == "sit":
+        pytest.skip("no stock pipeline runs it; its reading is compared with diffusers' scheduler in test_samplers.py")
+    if name == "repa":
+        scheduler: Any = FlowMapEulerDiscreteScheduler(num_train_timesteps=1)
+    elif "flow" in type(pipeline.scheduler).__name__.lower() or name == "sana":
         shift = 3.0 if "flux" not in name else pipeline.scheduler.config.shift
         dynamic = name == "flux"
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic)
     else:
         scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
@@ -148,11 +161,15 @@ def test_exported_student_is_its_sampler(family, steps, renoising, tmp_path):
     flow = teacher.denoiser.target == "flow"
     method = SiD(steps=steps, renoising=renoising, init_ratio=INF if flow else 2.5, input="unit")
     sampler = method.sampler(teacher.denoiser.process)
+    if name in ("sit", "repa") and (renoising == "fresh" or name == "sit") and steps > 1:
+        with pytest.raises(UserError, match="renoising=ddim"):
+            plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family)
+        return
     hosted = plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family)
     data = data_free(teacher, asked(teacher), torch.device("cpu"))
     said = [call(name, teacher, k) for k in (0, 1)]
     told = {key: [one[key] for one in said] for key in ("prompt",) if key in said[0]}
-    told |= {"class_labels": [3, 7]} if name == "dit" else {}
+    told |= {"class_labels": [3, 7]} if name in CLASSES else {}
     host = Host(teacher, {**said[0], **told})
     export(
         moved(teacher),
@@ -190,12 +207,14 @@ def recipe(name: str, folder: Path, method: str, out: Path, **training: Any) -> 
     if name in TABLES:
         settings |= {"t_max": 0.7} if method == "boot" else {}
         settings |= {key: 5.0 for key in ("init_ratio", "start_ratio") if key in settings}
+    if name == "sit":  # few-step students of it have no stock scheduler
+        settings |= {"steps": 1} if "steps" in settings else {}
     inner = settings.get("method", settings)
     if method not in ("boot", "tscd", "freeflow"):
         inner["input"] = "unit"
     if name in TABLES and method == "disback":
         inner["init_ratio"] = 5.0
-    data: dict[str, Any] = {"class_labels": [3, 7]} if name == "dit" else {"prompts": list(PROMPTS)}
+    data: dict[str, Any] = {"class_labels": [3, 7]} if name in CLASSES else {"prompts": list(PROMPTS)}
     if "flux" in name:
         data["resolution"] = 16
     if name == "sana":
@@ -212,7 +231,7 @@ def recipe(name: str, folder: Path, method: str, out: Path, **training: Any) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd", "sd-v", "sdxl", "sd3", "pixart", "sana", "flux", "dit"])
+@pytest.mark.parametrize("name", ["sd", "sd-v", "sdxl", "sd3", "pixart", "sana", "flux", "dit", "sit"])
 def test_every_method_distils_every_family(name, method, folders, cache, tmp_path, monkeypatch):
     """The whole job: train, export, and the check that the stock pipeline repeats the sampler."""
     monkeypatch.setattr(Teacher, "picture_steps", 2)

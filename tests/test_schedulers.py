@@ -214,7 +214,6 @@ def test_a_solver_told_to_follow_a_flow_is_one():
         (DPMSolverMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "prediction_type"),
         (EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous"), "timestep_type"),
-        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
         (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
     ],
 )
