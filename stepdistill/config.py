@@ -109,13 +109,24 @@ class Training(Section):
     """Names of accelerate trackers; ``metrics.jsonl`` is always written."""
 
 
+class Column(Section):
+    """The texts of a dataset, through ``datasets``."""
+
+    dataset: str
+    """Hub id, or a folder of JSON, CSV or Parquet files."""
+    column: str = "text"
+    split: str = "train"
+    """As ``datasets`` reads it: ``train[:10000]`` is its first ten thousand rows."""
+
+
 class Data(Section):
     """What the student is asked for; there are no images here."""
 
     class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | None = None
     """Labels of a class-conditional teacher: uniform over its classes, or uniform over a list (repeats weigh)."""
-    prompts: str | tuple[str, ...] | None = None
-    """Text file with one prompt a line (``""`` is the empty caption), or a list; every one is equally likely."""
+    prompts: str | tuple[str, ...] | Column | None = None
+    """Text file with one prompt a line (``""`` is the empty caption), a list, or a column of a dataset; every one is
+    equally likely."""
     negative_prompt: str | None = None
     """What guidance leads away from; null is what the stock pipeline takes."""
     resolution: PositiveInt | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from transformers.utils import logging
 from .backbones import Family
 from .bundled import BUILTIN
 from .conditions import Cond, concatenate
+from .config import Column
 from .errors import UserError
 from .styles import CAPTIONS
 from .teacher import Teacher, components, pipeline_class
@@ -33,8 +35,8 @@ _BATCH = 16
 _NULL = "null."
 
 
-def read_prompts(source: str | Sequence[str]) -> list[str]:
-    """The prompts of a text file, one a line, of a list, or the captions of ``builtin:digits_text``.
+def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
+    """The prompts of a text file, one a line, of a list or a dataset, or the captions of ``builtin:digits_text``.
 
     Blank lines are skipped; a line of two quotation marks (``""``) is the empty caption.
 
@@ -43,7 +45,9 @@ def read_prompts(source: str | Sequence[str]) -> list[str]:
     """
     if source == f"{BUILTIN}digits_text":
         return list(CAPTIONS)
-    if not isinstance(source, str):
+    if isinstance(source, Column):
+        prompts, name = _column(source), f"column {source.column} of {source.dataset}"
+    elif not isinstance(source, str):
         prompts, name = list(source), "data.prompts"
     else:
         path, name = Path(source).expanduser(), source
@@ -54,6 +58,21 @@ def read_prompts(source: str | Sequence[str]) -> list[str]:
     if not prompts:
         raise UserError(f'{name} holds no prompt; write one a line, or "" for the empty caption')
     return prompts
+
+
+def _column(source: Column) -> list[str]:
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError:
+        raise UserError("data.prompts names a dataset; pip install datasets") from None
+    try:
+        texts = datasets.load_dataset(source.dataset, split=source.split)[source.column]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"data.prompts: cannot read {source.dataset}: {str(error).splitlines()[0]}") from None
+    wrong = next((k for k, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UserError(f"data.prompts: row {wrong} of column {source.column} of {source.dataset} is no text")
+    return [text.strip() for text in texts]
 
 
 def _line(raw: bytes, number: int, source: str) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from stepdistill import prompts
 from stepdistill.__main__ import main
-from stepdistill.config import Config, Data
+from stepdistill.config import Column, Config, Data
 from stepdistill.data import data_free
 from stepdistill.distill import distill
 from stepdistill.errors import UserError
@@ -61,6 +61,23 @@ def test_the_conditions_are_those_of_the_stock_pipeline(teacher, folder):
         positive, negative = pipeline.encode_prompt(prompt, "cpu", 1, True, "rain")  # type: ignore[operator]
         torch.testing.assert_close(made["encoder_hidden_states"][row], positive[0], atol=1e-6, rtol=0)
         torch.testing.assert_close(null["encoder_hidden_states"], negative, atol=1e-6, rtol=0)
+
+
+def test_prompts_come_from_a_column_of_a_dataset(tmp_path):
+    rows = [{"caption": " a cat ", "n": 1}, {"caption": "", "n": 2}, {"caption": "two dogs", "n": 3}]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = str(tmp_path / "texts")
+    assert read_prompts(Column(dataset=folder, column="caption")) == ["a cat", "", "two dogs"]
+    assert read_prompts(Column(dataset=folder, column="caption", split="train[:1]")) == ["a cat"]
+    for column, message in ({"column": "text"}, "cannot read .*text"), ({"column": "n"}, "row 0 .* is no text"):
+        with pytest.raises(UserError, match=message):
+            read_prompts(Column(dataset=folder, **column))
+    for wrong in ({"dataset": str(tmp_path / "none")}, {"dataset": folder, "split": "nothing"}):
+        with pytest.raises(UserError, match="cannot read"):
+            read_prompts(Column(**wrong))
+    told = Data.model_validate({"prompts": {"dataset": folder, "column": "caption"}})
+    assert told.prompts == Column(dataset=folder, column="caption")
 
 
 def test_prompts_are_encoded_once(teacher, monkeypatch):
