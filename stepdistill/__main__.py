@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="check everything and say what it takes, without weights or a GPU"
     )
     distill.add_argument(
-        "--tflops", type=float, default=400.0, help="10^12 operations per second of the device of a dry run (400)"
+        "--tflops", type=_amount, default=400.0, help="10^12 operations per second of the device of a dry run (400)"
     )
 
     teacher = commands.add_parser(
@@ -140,6 +140,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
 
 

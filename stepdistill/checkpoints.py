@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 _MANIFEST = "manifest.json"
 
@@ -73,8 +73,8 @@ class Checkpoints:
         for old in self.all()[: -self.kept]:
             shutil.rmtree(old)
 
-    def newest(self) -> tuple[Path, int]:
-        """The newest checkpoint and its step.
+    def newest(self, free: tuple[str, ...] = ()) -> tuple[Path, int]:
+        """The newest checkpoint and its step; its identity may differ in what is named in ``free``.
 
         Raises:
             UserError: there is none, it is truncated, or it belongs to another run.
@@ -95,7 +95,8 @@ class Checkpoints:
                 raise UserError(
                     f"cannot resume: {path / name} is missing or truncated; delete {path} to use an older one"
                 )
-        changed = sorted(key for key in {*identity, *self.identity} if identity.get(key) != self.identity.get(key))
+        compared = {*identity, *self.identity} - {*free}
+        changed = sorted(key for key in compared if identity.get(key) != self.identity.get(key))
         if changed:
             differences = "; ".join(
                 f"{key} was {identity.get(key)!r}, is {self.identity.get(key)!r}" for key in changed
@@ -109,7 +110,7 @@ def _failure(action: Callable[[], object]) -> str:
     try:
         action()
     except (OSError, RuntimeError, SafetensorError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error)
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -236,8 +237,8 @@ def parse(kind: type[C], source: str, overrides: list[str]) -> C:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = _explain(kind, error)
-        plural = "s" if len(lines) > 1 else ""
-        raise UserError("\n  ".join([f"{path.name}: {len(lines)} invalid value{plural}", *lines])) from None
+        count = f"{len(lines)} invalid value{'s' if len(lines) > 1 else ''}"
+        raise UserError("\n  ".join([f"{path.name}: {count}", *lines])) from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -259,11 +260,8 @@ def _scalar(text: str) -> Any:  # noqa: ANN401
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override value {text!r} is not valid YAML: {error}") from None
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
     return value
 
 
@@ -299,7 +297,4 @@ def _likely(errors: Sequence[Any]) -> list[Any]:
 def _keys(kind: type[Section]) -> set[str]:
     """Every key name that the configuration knows, at any depth."""
     schema = kind.model_json_schema()
-    names = set(schema.get("properties", {}))
-    for definition in schema.get("$defs", {}).values():
-        names |= set(definition.get("properties", {}))
-    return names
+    return {name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", {})}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -188,3 +189,8 @@ def _norm(process: NoiseProcess, t: Tensor) -> Tensor:
 
 def _full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Full precision for what follows from ``x``; the meta device knows no other."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

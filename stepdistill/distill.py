@@ -62,7 +62,7 @@ def export_run(folder: Path, overrides: list[str]) -> Path:
     if not file.is_file():
         raise UserError(f"{folder} is no run: it has no config.yaml; give the output_dir of `stepdistill distill`")
     run = Run(parse(Config, str(file), [*overrides, "resume=true", f"output_dir={folder}"]))
-    run.resume()
+    run.resume(processes=False)
     if run.index + 1 < len(run.stages):
         raise UserError(f"{folder} has come to stage {run.index + 1} of {len(run.stages)}; train on with resume=true")
     return run.finish()
@@ -137,13 +137,17 @@ class Run:
         self.accelerator.wait_for_everyone()
         self._trackers()
 
-    def resume(self) -> None:
-        """Continue exactly from the newest checkpoint of the last stage that has one."""
+    def resume(self, *, processes: bool = True) -> None:
+        """Continue exactly from the newest checkpoint of the last stage that has one.
+
+        Args:
+            processes: as many as wrote it, which training needs and exporting does not.
+        """
         for index in range(len(self.stages) - 1, 0, -1):
             if any((self.folder / "checkpoints" / f"stage_{index + 1}").glob("step_*")):
                 self._enter(index, None)
                 break
-        path, step = self.checkpoints.newest()
+        path, step = self.checkpoints.newest(free=() if processes else ("processes",))
         self.trainer.load(path)
         step += self.start
         if self.accelerator.is_main_process:
@@ -199,7 +203,7 @@ class Run:
         """Export and show the averaged student."""
         if self.accelerator.is_main_process:
             with torch.no_grad(), self.trainer.averaged_weights() as student:
-                adapted = "student" in self.training.lora
+                adapted = "student" in self.training.lora and self.index == 0  # later ones start from a student
                 self.outcome.finish(student, self.sampler, self.hosted, self._metrics, adapted=adapted)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

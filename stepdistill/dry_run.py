@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .conditions import Cond
 from .config import Config, Stage, Training
-from .data import DataFree, class_labels, draws
+from .data import DataFree, class_labels, draws, real_images
 from .learners import learning, networks, tune
-from .preflight import checked
+from .preflight import check_trackers, checked
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer
 
@@ -44,8 +44,11 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
     Raises:
         UserError: as the run itself would, but for the weights.
     """
+    check_trackers(config.training.trackers)
     teacher = _teacher(config)
     samplers, hosted = checked(config, teacher)
+    if config.real_data:
+        real_images(teacher, config.real_data)
     shape, process = "x".join(map(str, teacher.sample_shape)), teacher.denoiser.process
     lines = [
         f"teacher   {teacher.source}: {teacher.family.network.__name__}, {teacher.denoiser.target}, "
@@ -79,9 +82,9 @@ class Rehearsal:
 
     roles: dict[str, Role]
     peak: int
-    """Bytes that a step needs on top: activations and the gradients of a turn."""
+    """Bytes that a step needs on top: activations and the gradients of a turn; half-precision copies of what learns."""
     flops: int
-    """Operations of a step on one device."""
+    """Operations of a step on one device; of a student of several calls, of the step that was run."""
 
     @property
     def memory(self) -> int:
@@ -123,7 +126,7 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
         stage.method, taught, made, settings, steps=stage.steps, batches=data.batch, accelerator=_OnMeta()
     )
     frozen = {role: trainer.frozen[role].network for role in ("teacher", *stage.method.frozen_roles)}
-    roles = {role: _role(network, role, training) for role, network in {**frozen, **made}.items()}
+    roles = {role: role_of(network, role, training) for role, network in {**frozen, **made}.items()}
     if training.mixed_precision != "no":
         half = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float16
         for network in (*made.values(), *(net.network for net in trainer.frozen.values())):
@@ -133,7 +136,9 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
         peak, flops = measured(step, step.everything(), META)
         if trainer.memory:  # made once, by the first step
             peak, flops = measured(step, step.everything(), META)
-    return Rehearsal(roles, peak, flops * training.gradient_accumulation)
+    if training.mixed_precision != "no":  # weights in half precision, and gradients that are not
+        peak += 4 * max(role.learning for role in roles.values())
+    return Rehearsal(roles, peak, flops * training.gradient_accumulation // step.rounds)
 
 
 def measured(run: Callable[[], object], before: list[Tensor], device: torch.device) -> tuple[int, int]:
@@ -148,12 +153,14 @@ class Step:
 
     def __init__(self, stage: Stage, trainer: Trainer) -> None:
         self.stage, self.trainer = stage, trainer
+        self.rounds = min(2, trainer.training.gradient_accumulation)  # further ones need what the second does
 
     def __call__(self) -> None:
-        trainer, size = self.trainer, cast(Training, self.stage.training).batch_size
+        trainer = self.trainer
         for role, loss in self.stage.method.turns(self.stage.steps - 1):
-            batch = trainer.batches(size)._replace(memory=trainer.memory)
-            loss(trainer.nets[role], batch).value.backward()
+            for _ in range(self.rounds):
+                batch = trainer.batches(trainer.training.batch_size)._replace(memory=trainer.memory)
+                loss(trainer.nets[role], batch).value.backward()
             trainer.learners[role].zero_grad()
 
     def everything(self) -> list[Tensor]:
@@ -214,7 +221,8 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
-def _role(network: nn.Module, role: str, training: Training) -> Role:
+def role_of(network: nn.Module, role: str, training: Training) -> Role:
+    """What ``network`` holds in the place ``role``."""
     own = learning(network) if role in training.lora else list(network.parameters())
     moved = sum(p.numel() for p in own if p.requires_grad)
     kind = training.role_optimizers.get(role, training.optimizer).name
@@ -231,9 +239,10 @@ def _teacher(config: Config) -> Teacher:
 
 def _data(config: Config, teacher: Teacher) -> DataFree:
     """One row of zeros in place of what prompts would say."""
+    images = torch.empty(1, *teacher.sample_shape, device=META) if config.real_data else None
     if teacher.family.encode is None:
         labels = class_labels(teacher.source, teacher.classes, config.data, teacher.family.null_label)
-        return draws(teacher.sample_shape, labels, META)
+        return replace(draws(teacher.sample_shape, labels, META), images=images)
     table: Cond = {key: torch.zeros(1, *shape) for key, shape in teacher.family.told(teacher.network.config).items()}
     null = None if teacher.embeds_guidance else {key: value.to(META) for key, value in table.items()}
     if teacher.embeds_guidance:

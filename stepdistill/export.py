@@ -8,7 +8,6 @@ layer, the label into a bias of the time embedding.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -27,6 +26,7 @@ from .backbones import Family
 from .backbones.two_times import TargetTime, time_embeddings
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
+from .copies import on_cpu
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .hosting import Plan
@@ -158,6 +158,8 @@ def export_lora(
     told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings}
     type(pipeline).save_lora_weights(temporary, **told)
     hosted.scheduler.save_pretrained(temporary / "scheduler")
+    module = pipeline.components[component]
+    nn.Module.to(module, teacher.network.dtype).float()  # the weights that the adapters were trained on
     pipeline.load_lora_weights(temporary)
     pipeline.scheduler = hosted.scheduler
     pipeline.set_progress_bar_config(disable=True)
@@ -217,8 +219,7 @@ def export_error(
 
 def _on_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
     """Copies for a comparison on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would."""
-    network = copy.deepcopy(denoiser.network).cpu().float()
-    return replace(denoiser, network=network), {key: value.cpu() for key, value in cond.items()}
+    return replace(denoiser, network=on_cpu(denoiser.network)), {key: value.cpu() for key, value in cond.items()}
 
 
 def _error_in_place(

@@ -37,14 +37,6 @@ def networks(stage: Stage, teacher: Teacher, student: nn.Module | None = None) -
     return made
 
 
-def frozen_twin(network: nn.Module) -> nn.Module:
-    """A copy whose parameters are the same memory and never require a gradient."""
-    twin = copy.deepcopy(network).requires_grad_(False)
-    for mine, theirs in zip(twin.parameters(), network.parameters(), strict=True):
-        mine.data = theirs.data
-    return twin
-
-
 def learning(network: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]

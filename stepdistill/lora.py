@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import cast
 
 import torch
@@ -11,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .config import Lora
+from .copies import on_cpu, sharing
 from .errors import UserError
 
 
@@ -24,9 +24,7 @@ def add_lora(teacher: nn.Module, lora: Lora, role: str) -> nn.Module:
         UserError: no layer has one of the wanted names; the message lists those that could be adapted.
     """
     check_lora(teacher, lora, role)
-    network = copy.deepcopy(teacher)
-    for mine, theirs in zip(network.parameters(), teacher.parameters(), strict=True):
-        mine.data = theirs.data
+    network = sharing(teacher)
     config = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=list(lora.targets))
     network = inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
@@ -59,8 +57,8 @@ def _end(name: str) -> str:
 
 @torch.no_grad()
 def merged(network: nn.Module) -> nn.Module:
-    """A copy in float32 without adapters that computes the same."""
-    network = copy.deepcopy(network).float()
+    """A copy on the CPU in float32 without adapters that computes the same."""
+    network = on_cpu(network)
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()

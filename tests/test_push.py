@@ -1,5 +1,7 @@
 """A run's student written again by ``stepdistill export``, and what ``stepdistill push`` uploads."""
 
+import json
+
 import pytest
 import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
@@ -81,21 +83,35 @@ def test_what_cannot_be_pushed_or_exported_is_refused(words, message, finished, 
     assert message in capsys.readouterr().err
 
 
-def test_a_hub_that_refuses_is_told_in_one_line(finished, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            LocalTokenNotFoundError("Token is required, but no token found.\nlong story"),
+            "Token is required, but no token found.",
+        ),
+        (ConnectionError(), "ConnectionError"),
+    ],
+)
+def test_a_hub_that_refuses_is_told_in_one_line(error, reason, finished, monkeypatch, capsys):
     class Closed(Hub):
         def create_repo(self, repo, **options):
-            raise LocalTokenNotFoundError("Token is required, but no token found.\nlong story")
+            raise error
 
     monkeypatch.setattr(pushing, "HfApi", Closed)
     assert command("push", finished, "me/digits") == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told == "error: the hub did not take me/digits: Token is required, but no token found."
+    assert told == f"error: the hub did not take me/digits: {reason}"
 
 
 def test_an_export_writes_the_student_of_the_newest_checkpoint_again(finished):
     weights = finished / "student/unet/diffusion_pytorch_model.safetensors"
     before = load_file(weights)
     weights.unlink()
+    (manifest,) = finished.glob("checkpoints/step_*/manifest.json")
+    written = json.loads(manifest.read_text())  # as if by eight processes, which one may export
+    manifest.write_text(json.dumps({**written, "identity": {**written["identity"], "processes": 8}}))
+    assert command("distill", "--config", finished / "config.yaml", "resume=true", f"output_dir={finished}") == 2
     assert command("export", finished) == 0
     after = load_file(weights)
     assert all(torch.equal(before[key], after[key]) for key in before)

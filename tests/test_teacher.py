@@ -54,6 +54,19 @@ def test_loaded_teacher_samples_like_its_pipeline(teachers):
     )
 
 
+def test_the_first_pipelines_of_the_hub_keep_everything_in_one_folder(teachers, tmp_path):
+    folder = teachers("ddpm")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            shutil.copyfile(path, tmp_path / path.name)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    assert pipeline.unet.config.sample_size == 8
+    flat, nested = load_teacher(str(tmp_path)), load_teacher(str(folder))
+    for mine, theirs in zip(flat.network.parameters(), nested.network.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert type(flat.denoiser.process) is type(nested.denoiser.process)
+
+
 def broken(source, target, file, **changes):
     shutil.copytree(source, target)
     path = target / file

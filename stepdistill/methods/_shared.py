@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -120,11 +119,6 @@ def few_step_times(process: NoiseProcess, ratio: float, steps: int) -> tuple[flo
         level = process.sigma(first) * share
         return tuple(process.time_at_log_snr(2 * ((1 - level).log() - level.log())).tolist())
     return tuple((first * share).tolist())
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Full precision for what follows from ``x``; the meta device knows no other."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def pixel_mean(x: Tensor) -> Tensor:

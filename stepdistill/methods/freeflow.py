@@ -32,7 +32,7 @@ from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditions import Cond, concatenate, select
-from ..denoiser import Denoiser, Prediction
+from ..denoiser import Denoiser, Prediction, without_autocast
 from ..process import Flow, InputScale, NoiseProcess, broadcast
 from ..samplers import StudentSampler
 from ._shared import LogNormalTimes, TimeLaw, UniformTimes, denoising_loss, pixel_mean, pixel_sum, time_at_ratio
@@ -181,7 +181,8 @@ class FreeFlow(Method):
         """``D_G = F + delta dF/ddelta - u(f, s)`` where the student, told ``s``, says ``(x0, eps)``."""
         f = FLOW.add_noise(x0, eps, s)  # (1 - s) x0 + s eps = z_0 + (t_0 - s) (x0 - eps)
         delta = broadcast(self.ends(nets["teacher"].process)[0] - s, f)
-        moves = x0 - eps - delta * self.slope(nets["still"], noise, s, cond)
+        with without_autocast(noise):  # a difference of nearly the same
+            moves = x0 - eps - delta * self.slope(nets["still"], noise, s, cond)
         return moves - velocity(nets["teacher"].under(FLOW)(f, s, cond))
 
     def slope(self, still: Denoiser, noise: Tensor, s: Tensor, cond: Cond) -> Tensor:

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditions import Cond, concatenate
-from ..denoiser import Denoiser, Prediction
+from ..denoiser import Denoiser, Prediction, without_autocast
 from ..process import InputScale, NoiseProcess, Trig, broadcast
 from ..samplers import StudentSampler
-from ._shared import few_step_times, pixel_mean, pixel_sum, without_autocast
+from ._shared import few_step_times, pixel_mean, pixel_sum
 from .base import Batch, Loss, Method, Nets, Turn
 
 
