@@ -1,12 +1,12 @@
 """Every method at the same cost: distances against network calls and seconds, as one table and one plot.
 
-    python benchmarks/methods.py [--units 150000] [--seeds 0 1 2] [--only digits_sid digits_dmd] [--threads 2]
+    python benchmarks/methods.py [--units 300] [--seeds 0 1 2] [--only digits_sid digits_dmd] [--threads 2]
 
 The cost of a run is counted, not claimed: one unit is one row through the network forward; a pass that keeps a
 graph costs two more for gradients of the weights, one more for the gradient of the input alone (the usual
 factors).  A recipe's first steps are counted, and its length is set so that every run spends ``--units``
 thousand rows.  Runs live under ``--runs`` and are skipped when finished and continued when interrupted, so the
-command can be stopped and started at will; the table and plot are written from whatever is finished.
+command can be stopped and started at will; table and plot come at the end, or with ``--report`` at any time.
 """
 
 from __future__ import annotations
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=RECIPES, metavar="RECIPE")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--report", action="store_true", help="train nothing; table and plot of what is finished")
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -244,9 +245,14 @@ def main() -> None:
     for seed in arguments.seeds:
         for name in arguments.only:
             folder = arguments.runs / f"{name}_{seed}"
-            train(name, seed, arguments.units, folder, arguments.threads, arguments.samples)
-            runs.setdefault(name, []).append(read(folder))
-    teacher = teacher_rows(arguments.samples)
+            if not arguments.report:
+                train(name, seed, arguments.units, folder, arguments.threads, arguments.samples)
+            if (folder / "cost.json").is_file():
+                runs.setdefault(name, []).append(read(folder))
+    kept = arguments.runs / f"teacher_{arguments.samples}.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(teacher_rows(arguments.samples)))
+    teacher = json.loads(kept.read_text())
     machine = f"{platform.machine()} CPU, {arguments.threads} threads, torch {torch.__version__}"
     results = {"machine": machine, "units": arguments.units, "teacher": teacher, "runs": runs}
     arguments.out.mkdir(parents=True, exist_ok=True)
