@@ -166,7 +166,9 @@ def _config(folder: Path, family: Family, source: str) -> dict[str, Any]:
 
 def _part(folder: Path, name: str) -> Path:
     """Where the files of a component are: the first pipelines on the hub keep them beside ``model_index.json``."""
-    return folder / name if (folder / name).is_dir() else folder
+    settings = "scheduler_config.json" if name == "scheduler" else "config.json"
+    beside = not (folder / name).is_dir() and (folder / settings).is_file()
+    return folder if beside else folder / name
 
 
 def _pixels(folder: Path, index: dict[str, Any], source: str) -> int:
