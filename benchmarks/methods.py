@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from stepdistill.bundled import bundled_configs
 from stepdistill.conditions import Cond
-from stepdistill.config import Config, Training, parse
+from stepdistill.config import Config, Training
 from stepdistill.evaluation import Evaluator
 from stepdistill.learners import networks
 from stepdistill.methods import TBCM, TSCD, DisBack
+from stepdistill.recipe import parse
 from stepdistill.samplers import SampleNoise, sample_ode
 from stepdistill.teacher import load_teacher
 from stepdistill.trainer import Trainer
@@ -90,7 +91,7 @@ def cost_of(config: Config, steps: int = 8) -> Cost:
     trainer = Trainer(
         method,
         replace(run.taught, call=counter),
-        networks(run.stage, run.teacher),
+        networks(run.stage, run.teacher, run.config.data),
         cast(Training, run.stage.training),
         steps=looked + steps,
         batches=run.data.batch,
@@ -125,7 +126,8 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     ]
     code = (
         f"import torch, sys, resource, pathlib; torch.set_num_threads({threads})\n"
-        "from stepdistill.config import Config, parse; from stepdistill.distill import distill\n"
+        "from stepdistill.config import Config; from stepdistill.distill import distill\n"
+        "from stepdistill.recipe import parse\n"
         "distill(parse(Config, sys.argv[1], sys.argv[2:]))\n"
         f"pathlib.Path({str(folder / 'peak')!r}).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
     )

@@ -53,13 +53,13 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def trainer(method: SiD | BOOT, batch_size: int) -> Trainer:
     """A trainer as ``stepdistill distill`` builds it."""
-    from stepdistill.backbones.two_times import TargetTime
+    from stepdistill.backbones.conditioned import Conditioned
 
     networks: dict[str, nn.Module] = {
         r: copy.deepcopy(TEACHER.network).requires_grad_(True) for r in ("student", *method.roles)
     }
     if method.two_times:
-        networks["student"] = TargetTime(copy.deepcopy(TEACHER.network)).requires_grad_(True)
+        networks["student"] = Conditioned(copy.deepcopy(TEACHER.network)).requires_grad_(True)
     return Trainer(
         method,
         TEACHER.denoiser,

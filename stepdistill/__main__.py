@@ -160,7 +160,8 @@ def _count(text: str) -> int:
 def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     match arguments.command:
         case "distill":
-            from .config import Config, parse
+            from .config import Config
+            from .recipe import parse
 
             config = parse(Config, arguments.config, arguments.overrides)
             if arguments.dry_run:
@@ -172,7 +173,7 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
 
                 distill(config)
         case "teacher":
-            from .config import parse
+            from .recipe import parse
             from .train_teacher import TeacherConfig, train_teacher
 
             print(train_teacher(parse(TeacherConfig, arguments.config, arguments.overrides)))

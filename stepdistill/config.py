@@ -1,35 +1,39 @@
-"""Run configurations: one YAML file plus ``key=value`` overrides, checked whole before anything loads."""
+"""Run configurations: every section and key, checked whole before anything loads."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from .bundled import bundled_configs
-from .errors import UserError
 from .methods import AnyMethod
-
-C = TypeVar("C", bound="Section")
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 EnoughSamples = Annotated[int, Field(ge=20)]
 """The fewest samples a distance can be computed from: two per jackknife group."""
+
+
+def _scale(value: Any) -> float | tuple[float, float]:  # noqa: ANN401
+    match value:
+        case int() | float() if value >= 0:
+            return float(value)
+        case (int() | float() as low, int() | float() as high) if 0 <= low < high:
+            return float(low), float(high)
+    raise ValueError("must be a number from 0 on, or a range [low, high] with low < high")
+
+
+Scale = Annotated[float | tuple[float, float], BeforeValidator(_scale)]
 
 
 class Section(BaseModel):
@@ -91,6 +95,8 @@ class Training(Section):
     ema_rampup: PositiveFloat = 0.05
     """It is at most this share of the images so far: SiD's, for long runs; short ones gain from more."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    guidance_in_two_passes: bool = False
+    """Call a guided teacher twice, in place of once with a doubled batch: less memory, more time."""
     teacher_dtype: Precision = "float32"
     """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
     gradient_checkpointing: bool = False
@@ -132,12 +138,23 @@ class Data(Section):
     """What guidance leads away from; null is what the stock pipeline takes."""
     resolution: PositiveInt | None = None
     """Height and width of the pictures in pixels; null is the teacher's own."""
-    guidance_scale: NonNegativeFloat = 1.0
-    """Classifier-free guidance of the teacher, 1 is none; for Flux the scale that the network is told."""
+    guidance_scale: Scale = 1.0
+    """Classifier-free guidance of the teacher, 1 is none; for Flux the scale that the network is told.  Of a range
+    every sample draws its own; a student that is not adapters is told it, and shown and exported at the middle."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance applies."""
     null_label: NonNegativeInt | None = None
     """The label that means "no class"; needed for guidance."""
+
+    @property
+    def scales(self) -> tuple[float, float] | None:
+        """The range of guidance scales, where there is one."""
+        return self.guidance_scale if isinstance(self.guidance_scale, tuple) else None
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale; the middle of a range."""
+        return sum(self.guidance_scale) / 2 if isinstance(self.guidance_scale, tuple) else self.guidance_scale
 
 
 class RealData(Section):
@@ -212,89 +229,3 @@ class Config(Section):
     def dump(self) -> dict[str, Any]:
         """The configuration as plain YAML values; loading it again gives the same run."""
         return self.model_dump(mode="json", exclude={"resume"})
-
-
-def parse(kind: type[C], source: str, overrides: list[str]) -> C:
-    """Read ``source`` (a file, or the name of a bundled recipe) and apply dotted ``key=value`` overrides.
-
-    Raises:
-        UserError: with every offending key, what it got and what was expected.
-    """
-    path = Path(source)
-    if not path.is_file():
-        path = bundled_configs().get(source.removesuffix(".yaml"), path)
-    if not path.is_file():
-        raise UserError(f"no config file {source!r}; bundled recipes are {', '.join(bundled_configs())}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path.name} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path.name} must hold key: value pairs, got {type(values).__name__}")
-    for override in overrides:
-        _override(values, override)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = _explain(kind, error)
-        count = f"{len(lines)} invalid value{'s' if len(lines) > 1 else ''}"
-        raise UserError("\n  ".join([f"{path.name}: {count}", *lines])) from None
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} must have the form key=value, for example training.batch_size=32")
-    node, (*parents, leaf) = values, key.split(".")
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a section")
-        node = child
-    node[leaf] = _scalar(text)
-
-
-def _scalar(text: str) -> Any:  # noqa: ANN401
-    """A YAML value; ``1e-5``, which YAML 1.1 reads as text, is a number here."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override value {text!r} is not valid YAML: {error}") from None
-    with suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
-
-
-def _explain(kind: type[Section], error: ValidationError) -> list[str]:
-    """One line per invalid value, with the nearest known key where one is unknown."""
-    known = sorted(_keys(kind))
-    lines = []
-    for item in _likely(error.errors()):
-        location = ".".join(str(part) for part in item["loc"])
-        leaf = str(item["loc"][-1]) if item["loc"] else ""
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            near = difflib.get_close_matches(leaf, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            lines.append(f"{location}: unexpected key, got {item['input']!r}{hint}")
-        elif item["type"] in ("missing", "missing_argument"):
-            lines.append(f"{location}: missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ").replace("Input should be ", "must be ")
-            lines.append(f"{location}: {message}, got {item['input']!r}")
-    return lines
-
-
-def _likely(errors: Sequence[Any]) -> list[Any]:
-    """Where a value may be one of several kinds, pydantic reports the failure of each: keep the nearest kind's."""
-    kinds: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
-    for item in errors:
-        at = next((k for k, part in enumerate(item["loc"]) if str(part)[:1].isupper()), None)
-        place, chosen = (item["loc"], None) if at is None else (item["loc"][:at], item["loc"][at])
-        kinds.setdefault(place, {}).setdefault(chosen, []).append(item)
-    return [item for choices in kinds.values() for item in min(choices.values(), key=len)]
-
-
-def _keys(kind: type[Section]) -> set[str]:
-    """Every key name that the configuration knows, at any depth."""
-    schema = kind.model_json_schema()
-    return {name for part in (schema, *schema.get("$defs", {}).values()) for name in part.get("properties", {})}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class DataFree:
     """The encoded negative prompt, of one row."""
     prompts: tuple[str, ...] = ()
     """The prompt of every row."""
+    scales: tuple[str, float, float] | None = None
+    """Keyword and range of the guidance scale that every sample draws, where there is a range."""
     images: Tensor | None = None
     """``(N, C, H, W)`` real images of an adversarial term, in [-1, 1]; ``None`` is data-free."""
 
@@ -39,6 +41,9 @@ class DataFree:
         """Standard normal noise ``(size, C, H, W)`` and conditions."""
         noise = torch.randn(size, *self.shape, device=self.device)
         cond = self._told(self._ordered(torch.randint(self.count, (size,)))) if self.table else NO_COND
+        if self.scales is not None:
+            keyword, low, high = self.scales
+            cond = {**cond, keyword: low + (high - low) * torch.rand(size, device=self.device)}
         return Batch(noise, cond, self._real(size))
 
     def _real(self, size: int) -> Tensor | None:
@@ -56,8 +61,12 @@ class DataFree:
         return self._ordered(torch.tensor(in_turn(ids, self.count)))
 
     def cond(self, ids: Sequence[int]) -> Cond:
-        """The conditions of the samples ``ids``."""
-        return self._told(self.rows(ids)) if self.table else NO_COND
+        """The conditions of the samples ``ids``; of a range of scales, the middle."""
+        cond = self._told(self.rows(ids)) if self.table else NO_COND
+        if self.scales is None:
+            return cond
+        keyword, low, high = self.scales
+        return {**cond, keyword: torch.full((len(ids),), (low + high) / 2, device=self.device)}
 
     def _ordered(self, picks: Tensor) -> Tensor:
         return picks if self.order is None else self.order[picks]
@@ -75,15 +84,21 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
     prompts = check_conditions(teacher, data)
     if prompts is None:
         labels = class_labels(teacher.source, teacher.classes, data, teacher.family.null_label)
-        return draws(teacher.sample_shape, labels, device)
+        return replace(draws(teacher.sample_shape, labels, device), scales=scales_drawn(teacher, data))
     distinct = list(dict.fromkeys(prompts))
     place = {prompt: row for row, prompt in enumerate(distinct)}
     table, null = encode(teacher, distinct, data.negative_prompt, device=device)
     if teacher.embeds_guidance:
-        table = {**table, "guidance": torch.full((len(distinct),), float(data.guidance_scale))}
+        table = {**table, "guidance": torch.full((len(distinct),), data.scale)}
     null = {key: value.to(device) for key, value in null.items()}
     order = torch.tensor([place[prompt] for prompt in prompts])
-    return DataFree(teacher.sample_shape, device, table, order, null, tuple(distinct))
+    scales = scales_drawn(teacher, data)
+    return DataFree(teacher.sample_shape, device, table, order, null, tuple(distinct), scales)
+
+
+def scales_drawn(teacher: Teacher, data: Data) -> tuple[str, float, float] | None:
+    """Under which keyword, and from which range, every sample draws its guidance scale."""
+    return data.scales and ("guidance" if teacher.embeds_guidance else "guidance_scale", *data.scales)
 
 
 def check_conditions(teacher: Teacher, data: Data) -> list[str] | None:

@@ -53,12 +53,14 @@ class Prediction:
 class Guidance:
     """Classifier-free guidance ``uncond + scale (cond - uncond)`` (Ho & Salimans 2022; scale 1 is none)."""
 
-    scale: float | Tensor
-    """One number, or one per sample ``(B,)``."""
+    scale: float | Tensor | None
+    """One number, or one per sample ``(B,)``; ``None``: the condition brings them, as ``guidance_scale (B,)``."""
     uncond: Cond
     """The null (or negative) condition, with one row or one per sample."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Times between which the scale applies; outside it is 1 (Kynkaanniemi et al. 2024)."""
+    two_passes: bool = False
+    """Call the network twice, in place of once with a doubled batch: less memory, more time."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
@@ -93,6 +95,8 @@ class Denoiser:
     """Data standard deviation of the EDM preconditioning."""
     sigma_boundary: float = 0.0
     """Noise level at which a consistency network is the identity."""
+    told_scale: bool = False
+    """The network is told the ``guidance_scale`` of a condition; others never see it."""
     guidance: Guidance | None = None
     view: NoiseProcess | None = None
     bottleneck: Callable[[nn.Module], nn.Module] | None = None
@@ -140,19 +144,31 @@ class Denoiser:
     def _output(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The (guided) network output in at least float32."""
         label = self.native.label(time)
-        if self.guidance is None or self.guidance.only_conditional:
+        guidance = self.guidance
+        if guidance is not None and guidance.scale is None:
+            guidance = replace(guidance, scale=cond["guidance_scale"])
+        if not self.told_scale:
+            cond = {key: value for key, value in cond.items() if key != "guidance_scale"}
+        if guidance is None or guidance.only_conditional:
             output = self._called(x, label, cond)
-        elif self.guidance.only_unconditional:
-            output = self._called(x, label, repeat(self.guidance.uncond, len(x)))
+        elif guidance.only_unconditional:
+            output = self._called(x, label, repeat(guidance.uncond, len(x)))
         else:
-            low, high = self.guidance.interval
-            inside = (time >= low) & (time <= high)
-            scale = broadcast(torch.where(inside, self.guidance.scale, 1.0), x)
-            both = concatenate(repeat(self.guidance.uncond, len(x)), cond)
-            doubled = self._called(torch.cat([x, x]), torch.cat([label, label]), both)
-            uncond, conditional = doubled.chunk(2)
-            output = uncond + scale * (conditional - uncond)
+            output = self._guided(guidance, x, time, label, cond)
         return -output if self.negated else output
+
+    def _guided(self, guidance: Guidance, x: Tensor, time: Tensor, label: Tensor, cond: Cond) -> Tensor:
+        low, high = guidance.interval
+        inside = (time >= low) & (time <= high)
+        assert guidance.scale is not None
+        scale = broadcast(torch.where(inside, guidance.scale, 1.0), x)
+        null = repeat(guidance.uncond, len(x))
+        if guidance.two_passes:
+            uncond, conditional = self._called(x, label, null), self._called(x, label, cond)
+        else:
+            both = torch.cat([x, x]), torch.cat([label, label]), concatenate(null, cond)
+            uncond, conditional = self._called(*both).chunk(2)
+        return uncond + scale * (conditional - uncond)
 
     def _called(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         """The network's output in at least float32; a network in half precision is told so."""

@@ -8,6 +8,7 @@ import statistics
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +20,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .checkpoints import Checkpoints
-from .config import Config, Training, parse
+from .config import Config, Training
 from .data import data_free, real_images
 from .errors import Diverged, UserError
-from .export import single_time
+from .export import save_adapters, single_time
 from .learners import networks, tune
 from .lora import merged
 from .outcome import Outcome
 from .preflight import check_launch, check_output, check_trackers, checked
+from .recipe import parse
 from .report import read_history
 from .snapshots import OnDisk
 from .teacher import Teacher, load_teacher
@@ -93,7 +95,8 @@ class Run:
         if images is not None:
             self.data = replace(self.data, images=images.to(self.accelerator.device))
         self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
-        self.taught = self.teacher.guided(config.data, self.data.null)
+        two_passes = config.training.guidance_in_two_passes
+        self.taught = self.teacher.guided(config.data, self.data.null, two_passes=two_passes)
         self.outcome = Outcome(config, self.teacher, self.taught, self.data)
         self._since: dict[str, list[float]] = {}
         self._seconds, self._resumed = 0.0, time.monotonic()
@@ -109,12 +112,14 @@ class Run:
         self.trainer = Trainer(
             stage.method,
             self.taught,
-            networks(stage, self.teacher, student),
+            networks(stage, self.teacher, self.config.data, student),
             self.training,
             steps=stage.steps,
             batches=self.data.batch,
             accelerator=Accelerator(),  # of the same state, without the networks of the stage before
-            snapshots=OnDisk(self.folder / "snapshots" / place, self.accelerator),
+            snapshots=OnDisk(
+                self.folder / "snapshots" / place, self.accelerator, partial(save_adapters, teacher=self.teacher)
+            ),
             watch=self._watch,
         )
         folder = self.folder / "checkpoints" / place

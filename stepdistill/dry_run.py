@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .conditions import Cond
 from .config import Config, Stage, Training
-from .data import DataFree, class_labels, draws, real_images
+from .data import DataFree, class_labels, draws, real_images, scales_drawn
 from .learners import learning, networks, tune
 from .preflight import check_trackers, checked
 from .teacher import Teacher, load_teacher
@@ -53,7 +53,7 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
     lines = [
         f"teacher   {teacher.source}: {teacher.family.network.__name__}, {teacher.denoiser.target}, "
         f"{type(process).__name__}, samples of {shape}, pictures of {teacher.picture_size} pixels, "
-        f"guidance {config.data.guidance_scale:g}",
+        f"guidance {config.data.scale:g}",
     ]
     for number, (stage, sampler) in enumerate(zip(config.plan, samplers, strict=True), 1):
         times = ", ".join(f"{time:.4g}" for time in sampler.times)
@@ -120,8 +120,8 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
     data = _data(config, teacher)
     tune(teacher.network, training)
     settings = training.model_copy(update={"compile": None, "mixed_precision": "no"})
-    made = networks(stage.model_copy(update={"training": settings}), teacher)
-    taught = teacher.guided(config.data, data.null)
+    made = networks(stage.model_copy(update={"training": settings}), teacher, config.data)
+    taught = teacher.guided(config.data, data.null, two_passes=training.guidance_in_two_passes)
     trainer = Trainer(
         stage.method, taught, made, settings, steps=stage.steps, batches=data.batch, accelerator=_OnMeta()
     )
@@ -242,9 +242,10 @@ def _data(config: Config, teacher: Teacher) -> DataFree:
     images = torch.empty(1, *teacher.sample_shape, device=META) if config.real_data else None
     if teacher.family.encode is None:
         labels = class_labels(teacher.source, teacher.classes, config.data, teacher.family.null_label)
-        return replace(draws(teacher.sample_shape, labels, META), images=images)
+        drawn = draws(teacher.sample_shape, labels, META)
+        return replace(drawn, images=images, scales=scales_drawn(teacher, config.data))
     table: Cond = {key: torch.zeros(1, *shape) for key, shape in teacher.family.told(teacher.network.config).items()}
     null = None if teacher.embeds_guidance else {key: value.to(META) for key, value in table.items()}
     if teacher.embeds_guidance:
-        table = {**table, "guidance": torch.full((1,), float(config.data.guidance_scale))}
-    return DataFree(teacher.sample_shape, META, table, null=null)
+        table = {**table, "guidance": torch.full((1,), config.data.scale)}
+    return DataFree(teacher.sample_shape, META, table, null=null, scales=scales_drawn(teacher, config.data))

@@ -19,11 +19,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import nn
 
 from .backbones import Family
-from .backbones.two_times import TargetTime, time_embeddings
+from .backbones.conditioned import Conditioned, time_embeddings
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .copies import on_cpu
@@ -73,11 +75,11 @@ def _relabel(network: Any, *, wanted: float, told: float) -> None:  # noqa: ANN4
 
 
 def single_time(network: nn.Module, process: NoiseProcess, sampler: StudentSampler) -> nn.Module:
-    """The stock network of a student; where it is told a target time, the sampler's is folded in."""
-    if not isinstance(network, TargetTime):
+    """The stock network of a student; a target time that it is told, the sampler's, and a scale are folded in."""
+    if not isinstance(network, Conditioned):
         return network
-    assert sampler.target_time is not None
-    return network.folded(process.label(torch.tensor([sampler.target_time])).item())
+    target = sampler.target_time
+    return network.folded(None if target is None else process.label(torch.tensor([target])).item())
 
 
 def export(
@@ -141,30 +143,48 @@ def export_lora(
     """Write the adapters of a student that is made of them, and its scheduler, for the teacher's own pipeline.
 
     Returns:
-        Whether there are such: pipelines of some families load no adapters, and what is folded into other weights
-        cannot travel with them.
+        Whether that can be: what is folded into other weights cannot travel with them.
 
     Raises:
         RuntimeError: the teacher's pipeline with the adapters differs from the sampler by more than 1e-4.
     """
     teacher, component = host.teacher, host.teacher.family.component
-    whole = math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6)
-    if not (whole and issubclass(pipeline_class(teacher.index), LoraBaseMixin)):
+    if not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6):
         return False
     pipeline: Any = DiffusionPipeline.from_pretrained(teacher.folder, **empty_parts(teacher.index))
-    temporary, network = folder.with_name(folder.name + ".tmp"), cast(Any, denoiser.network)
+    temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values())).to_dict()
-    told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings}
-    type(pipeline).save_lora_weights(temporary, **told)
+    save_adapters(denoiser.network, temporary, teacher)
     hosted.scheduler.save_pretrained(temporary / "scheduler")
     module = pipeline.components[component]
     nn.Module.to(module, teacher.network.dtype).float()  # the weights that the adapters were trained on
-    pipeline.load_lora_weights(temporary)
+    if reads_adapters(teacher):
+        pipeline.load_lora_weights(temporary)
+    else:
+        setattr(pipeline, component, PeftModel.from_pretrained(module, str(temporary)).merge_and_unload())
     pipeline.scheduler = hosted.scheduler
     pipeline.set_progress_bar_config(disable=True)
     _accept(temporary, folder, _error_in_place(pipeline, *_on_cpu(denoiser, cond), sampler, host, shape))
     return True
+
+
+def reads_adapters(teacher: Teacher) -> bool:
+    """Whether the teacher's pipeline has ``load_lora_weights``."""
+    return issubclass(pipeline_class(teacher.index), LoraBaseMixin)
+
+
+def save_adapters(network: Any, folder: Path, teacher: Teacher) -> None:  # noqa: ANN401
+    """Write the adapters of ``network`` as the teacher's pipeline loads them; as peft does, where it loads none."""
+    layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values()))
+    component = teacher.family.component
+    if reads_adapters(teacher):
+        told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings.to_dict()}
+        cast(Any, pipeline_class(teacher.index)).save_lora_weights(folder, **told)
+        return
+    folder.mkdir(parents=True)
+    settings.save_pretrained(str(folder))
+    whole = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in layers.items()}
+    save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def empty_parts(index: dict[str, Any]) -> dict[str, None]:
@@ -210,6 +230,7 @@ def export_error(
         noise = SampleNoise(range(4), shape)
         images = sampler(student, noise(), told, renoise=noise)
         generators = SampleNoise(range(4), shape).generators
+        told = {key: value for key, value in told.items() if key != "guidance_scale"}  # folded in
         output = pipeline(
             batch_size=4, num_inference_steps=calls, generator=generators, output_type="np", **told
         ).images

@@ -19,8 +19,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from .backbones import Family
+from .backbones.conditioned import Conditioned
 from .backbones.dit import DIT
-from .backbones.two_times import TargetTime
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .denoiser import Denoiser
@@ -227,7 +227,7 @@ def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
 
 
 def _refuse_unscalable(network: nn.Module) -> None:
-    stock: Any = network.network if isinstance(network, TargetTime) else network
+    stock: Any = network.network if isinstance(network, Conditioned) else network
     config = stock.config
     if config["center_input_sample"] or any("Skip" in block for block in config["down_block_types"]):
         raise UserError(

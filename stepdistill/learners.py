@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .backbones.two_times import TargetTime, time_embeddings
-from .config import Optimizer, Stage, Training
+from .backbones.conditioned import Conditioned, time_embeddings
+from .config import Data, Optimizer, Stage, Training
 from .errors import UserError
 from .lora import add_lora
 from .teacher import Teacher
@@ -21,8 +21,14 @@ from .teacher import Teacher
 _OWN = {"adam": "torch.optim.Adam", "adamw": "torch.optim.AdamW"}
 
 
-def networks(stage: Stage, teacher: Teacher, student: nn.Module | None = None) -> dict[str, nn.Module]:
-    """What learns in ``stage``, by role; the student starts as ``student``, or as the teacher as the others do."""
+def networks(
+    stage: Stage, teacher: Teacher, data: Data | None = None, student: nn.Module | None = None
+) -> dict[str, nn.Module]:
+    """What learns in ``stage``, by role; the student starts as ``student``, or as the teacher as the others do.
+
+    The student is also told the target time, where the method has one, and the guidance scale, where ``data`` has a
+    range that the network is not told already.
+    """
     made: dict[str, nn.Module] = {}
     lora = cast(Training, stage.training).lora
     for role in ("student", *stage.method.roles):
@@ -31,8 +37,9 @@ def networks(stage: Stage, teacher: Teacher, student: nn.Module | None = None) -
             made[role] = add_lora(base, lora[role], role)
             continue
         network = copy.deepcopy(base).float()
-        if role == "student" and stage.method.two_times:
-            network = TargetTime(network)
+        scale = data.scale if data and data.scales and not teacher.embeds_guidance else None
+        if role == "student" and (stage.method.two_times or scale is not None):
+            network = Conditioned(network, target=stage.method.two_times, scale=scale)
         made[role] = network.requires_grad_(True)
     return made
 
@@ -47,7 +54,7 @@ def tune(network: nn.Module, training: Training) -> None:
     if training.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if training.gradient_checkpointing:
-        stock: Any = network.network if isinstance(network, TargetTime) else network
+        stock: Any = network.network if isinstance(network, Conditioned) else network
         # Nothing here is random, so there is no state of generators to keep, which would make a GPU wait.
         stock.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
@@ -94,8 +101,8 @@ def optimizer_of(config: Optimizer, network: nn.Module) -> torch.optim.Optimizer
         raise UserError(f"training.optimizer: {config.name} does not take {config.options}: {error}") from None
 
 
-def check_learners(network: nn.Module, training: Training, *, two_times: bool) -> None:
-    """Refuse what cannot be done with ``network``, the teacher's.
+def check_learners(network: nn.Module, training: Training, *, conditioned: bool) -> None:
+    """Refuse what cannot be done with ``network``, the teacher's, whose student may be ``Conditioned``.
 
     Raises:
         UserError: as said.
@@ -106,8 +113,8 @@ def check_learners(network: nn.Module, training: Training, *, two_times: bool) -
         raise UserError(
             f"training.compile: no backend {training.compile!r}; there are {', '.join(torch._dynamo.list_backends(()))}"
         )
-    if training.gradient_checkpointing and two_times and len(time_embeddings(network)) > 1:
+    if training.gradient_checkpointing and conditioned and len(time_embeddings(network)) > 1:
         raise UserError(
             "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "
-            "this method would be lost on the way back; remove it"
+            "a method, or a scale drawn from a range, would be lost on the way back; remove it"
         )

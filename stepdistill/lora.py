@@ -67,7 +67,11 @@ def merged(network: nn.Module) -> nn.Module:
     return network
 
 
+def is_adapted(network: nn.Module) -> bool:
+    """Whether ``network`` has adapters."""
+    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
 def plain_weights(network: nn.Module) -> dict[str, Tensor]:
     """The weights of a network as those of one without adapters."""
-    adapted = any(isinstance(module, BaseTunerLayer) for module in network.modules())
-    return (merged(network) if adapted else network).state_dict()
+    return (merged(network) if is_adapted(network) else network).state_dict()

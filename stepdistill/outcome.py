@@ -19,7 +19,7 @@ from .data import DataFree
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
-from .export import Host, empty_parts, export, export_lora
+from .export import Host, empty_parts, export, export_lora, reads_adapters
 from .hosting import Plan
 from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
@@ -85,8 +85,9 @@ class Outcome:
             if export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
                 source = self.teacher.folder if is_local(self.config.teacher) else Path(self.config.teacher)
                 kind, without = type(hosted.scheduler).__name__, empty_parts(self.teacher.index)
+                component = None if reads_adapters(self.teacher) else self.teacher.family.component
                 lines, use = (
-                    usage_of_adapters(place, source, kind, hosted.steps, host.call, without)
+                    usage_of_adapters(place, source, kind, hosted.steps, host.call, without, component=component)
                     for place in (folder, Path(PLACE))
                 )
                 shutil.copyfile(self.folder / _PICTURE, folder / _PICTURE)
@@ -105,7 +106,7 @@ class Outcome:
         elif rows and teacher.family is not UNET2D:
             call = {"class_labels": self.data.table["class_labels"][rows].tolist(), **call}
         if teacher.embeds_guidance:
-            call["guidance_scale"] = self.config.data.guidance_scale
+            call["guidance_scale"] = self.config.data.scale
         usual = teacher.family.usual_size
         if self.config.data.resolution or usual not in (None, teacher.picture_size):
             call |= {"height": teacher.picture_size, "width": teacher.picture_size}

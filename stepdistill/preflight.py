@@ -32,7 +32,7 @@ def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Pla
     check_conditions(teacher, config.data)
     check_stages(stages, guided)
     for stage in stages:
-        _check_roles(stage, teacher, config.training)
+        _check_roles(stage, teacher, config)
     samplers = [stage.method.sampler(guided.process) for stage in stages]
     hosted = plan(teacher.denoiser, samplers[-1], classes=teacher.classes, family=teacher.family)
     check_evaluation(config.evaluate, teacher)
@@ -142,10 +142,11 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
             )
 
 
-def _check_roles(stage: Stage, teacher: Teacher, first: Training) -> None:
+def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
     training, method = cast(Training, stage.training), stage.method
-    check_learners(teacher.network, training, two_times=method.two_times)
-    if training.teacher_dtype != first.teacher_dtype:
+    ranged = config.data.scales is not None and not teacher.embeds_guidance
+    check_learners(teacher.network, training, conditioned=method.two_times or ranged)
+    if training.teacher_dtype != config.training.teacher_dtype:
         raise UserError("the stages share one teacher; set training.teacher_dtype of the run alone")
     roles = {"student", *method.roles}
     for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):

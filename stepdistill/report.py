@@ -120,14 +120,37 @@ def _calling(steps: int, call: dict[str, Any]) -> list[str]:
 
 
 def usage_of_adapters(
-    folder: Path, teacher: Path, scheduler: str, steps: int, call: dict[str, Any], without: Iterable[str]
+    folder: Path,
+    teacher: Path,
+    scheduler: str,
+    steps: int,
+    call: dict[str, Any],
+    without: Iterable[str],
+    *,
+    component: str | None,
 ) -> str:
-    """The lines of Python that use a student's adapters in the teacher's pipeline."""
+    """The lines of Python that use a student's adapters in the teacher's pipeline.
+
+    Args:
+        folder: path or hub id of the adapters.
+        teacher: path or hub id of the pipeline.
+        scheduler: class of the student's.
+        steps: network calls.
+        call: what a call says beside them.
+        without: components that loading must be told to do without.
+        component: the network's place in a pipeline that has no ``load_lora_weights``.
+    """
+    start, place = f"from diffusers import DiffusionPipeline, {scheduler}", folder.as_posix()
+    load = [f'pipe.load_lora_weights("{place}")']
+    if component is not None:
+        start += "\nfrom peft import PeftModel"
+        adapted = f'PeftModel.from_pretrained(pipe.{component}, "{place}")'
+        load = [f"pipe.{component} = {adapted}.merge_and_unload()"]
     return "\n".join(
         [
-            f"from diffusers import DiffusionPipeline, {scheduler}",
+            start,
             _loading(teacher, without),
-            f'pipe.load_lora_weights("{folder.as_posix()}")',
+            *load,
             f'pipe.scheduler = {scheduler}.from_pretrained("{folder.as_posix()}", subfolder="scheduler")',
             *_calling(steps, call),
         ]

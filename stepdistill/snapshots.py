@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .denoiser import Denoiser
 from .errors import UserError
-from .lora import plain_weights
+from .lora import is_adapted, plain_weights
 
 
 class Remembered:
@@ -23,6 +25,10 @@ class Remembered:
         """Remember the weights of ``net`` as ``name``."""
         self.kept[name] = {key: value.clone() for key, value in plain_weights(net.network).items()}
 
+    def publish(self, name: str, net: Denoiser) -> None:
+        """As ``keep``."""
+        self.keep(name, net)
+
     def put(self, name: str, net: Denoiser) -> None:
         """Give ``net`` the weights kept as ``name``."""
         net.network.load_state_dict(self.kept[name])
@@ -34,10 +40,16 @@ class OnDisk:
     Args:
         folder: where they live; created with the first one.
         accelerator: the main process writes, all wait.
+        save_adapters: writes a network's adapters to a folder, for ``publish``.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator = folder, accelerator
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        save_adapters: Callable[[nn.Module, Path], None] | None = None,
+    ) -> None:
+        self.folder, self.accelerator, self.save_adapters = folder, accelerator, save_adapters
         self._held: dict[int, str] = {}
 
     def keep(self, name: str, net: Denoiser) -> None:
@@ -47,6 +59,19 @@ class OnDisk:
             weights = {key: value.contiguous() for key, value in plain_weights(net.network).items()}
             save_file(weights, self._file(name).with_suffix(".tmp"))
             self._file(name).with_suffix(".tmp").replace(self._file(name))
+        self.accelerator.wait_for_everyone()
+
+    def publish(self, name: str, net: Denoiser) -> None:
+        """Write the adapters of ``net`` to the folder ``name``; a network without any is kept whole."""
+        if self.save_adapters is None or not is_adapted(net.network):
+            self.keep(name, net)
+            return
+        if self.accelerator.is_main_process:
+            temporary = self.folder / f"{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.save_adapters(net.network, temporary)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            temporary.rename(self.folder / name)
         self.accelerator.wait_for_everyone()
 
     def put(self, name: str, net: Denoiser) -> None:

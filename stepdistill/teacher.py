@@ -72,12 +72,13 @@ class Teacher:
         """Whether the network is told a guidance scale, instead of being called twice."""
         return self.family.embeds_guidance(self.network.config)
 
-    def guided(self, data: Data, null: Cond | None = None) -> Denoiser:
+    def guided(self, data: Data, null: Cond | None = None, *, two_passes: bool = False) -> Denoiser:
         """The denoiser with the guidance that ``data`` asks for.
 
         Args:
             data: scale, interval and null label.
             null: the encoded negative prompt, of one row, where the network reads prompts.
+            two_passes: see ``Guidance``.
         """
         if self.embeds_guidance:
             return self.denoiser
@@ -89,7 +90,7 @@ class Teacher:
         else:
             uncond = None
         told_null = data.null_label is not None or data.negative_prompt is not None
-        if data.guidance_scale == 1.0 and (uncond is None or not told_null):
+        if data.scale == 1.0 and data.scales is None and (uncond is None or not told_null):
             return self.denoiser
         known = data.null_label in (None, self.family.null_label) or cast(int, data.null_label) < (self.classes or 0)
         if uncond is None or not known:
@@ -99,7 +100,8 @@ class Teacher:
                 + (f"labels 0..{self.classes - 1}, null_label={data.null_label}" if self.classes else "no classes")
             )
         try:
-            guidance = Guidance(data.guidance_scale, uncond, data.guidance_interval)
+            scale = None if data.scales else data.scale
+            guidance = Guidance(scale, uncond, data.guidance_interval, two_passes=two_passes)
         except ValueError as error:
             raise UserError(f"data.guidance_interval: {error}") from None
         return replace(self.denoiser, guidance=guidance)

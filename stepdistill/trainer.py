@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .backbones.conditioned import Conditioned
 from .config import Training
 from .copies import sharing
 from .denoiser import Denoiser
@@ -88,14 +89,15 @@ class Trainer:
                 name, optimizer, num_warmup_steps=training.lr_warmup_steps, num_training_steps=steps
             )
             self.learners[role], self.optimizers[role] = accelerator.prepare(network, optimizer)
-            self.frozen[role] = replace(bare, network=compiled(twin, training))
+            scaled = isinstance(network, Conditioned) and network.scale is not None
+            self.frozen[role] = replace(bare, network=compiled(twin, training), told_scale=scaled)
             accelerator.register_for_checkpointing(schedule)
             self.schedules[role] = schedule
         for role in method.frozen_roles:
             self.frozen[role] = replace(bare, network=compiled(copy.deepcopy(teacher.network), training))
         compiled(teacher.network, training)
         self.nets: dict[str, Nets] = {
-            role: {**self.frozen, role: replace(bare, network=learner), "still": self.frozen[role]}
+            role: {**self.frozen, role: replace(self.frozen[role], network=learner), "still": self.frozen[role]}
             for role, learner in self.learners.items()
         }
         self.student = accelerator.unwrap_model(self.learners["student"])

@@ -10,7 +10,7 @@ from diffusers import UNet2DModel
 from oracles import PROCESSES, call, flow_map, gaussian
 from torch import nn
 
-from stepdistill.backbones import two_times, unet2d
+from stepdistill.backbones import conditioned, unet2d
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods import BOOT, Batch
 from stepdistill.methods.boot import signal_step
@@ -290,7 +290,7 @@ def condition(classes: int | None, count: int) -> dict[str, torch.Tensor]:
 def test_target_time_network_starts_as_the_teacher(classes):
     torch.manual_seed(0)
     unet, cond = tiny_unet(classes), condition(classes, 4)
-    student = two_times.TargetTime(copy.deepcopy(unet))
+    student = conditioned.Conditioned(copy.deepcopy(unet))
     x, label = torch.randn(4, 1, 8, 8), torch.full((4,), 999.0)
     with torch.no_grad():
         told = unet2d.call(student, x, label, {**cond, "target_label": torch.tensor([0.0, 10.0, 500.0, 999.0])})
@@ -305,17 +305,17 @@ def test_boundary_loss_is_zero_at_the_start_where_the_process_ends_in_pure_noise
     torch.manual_seed(0)
     unet = tiny_unet()
     teacher = Denoiser(unet, process, target, unet2d.call)
-    student = Denoiser(two_times.TargetTime(copy.deepcopy(unet)), process, target, unet2d.call)
+    student = Denoiser(conditioned.Conditioned(copy.deepcopy(unet)), process, target, unet2d.call)
     log = BOOT().student_loss({"teacher": teacher, "student": student}, Batch(torch.randn(8, 1, 8, 8))).log
     assert log["boundary"] < 1e-11
     assert log["bootstrap"] > 1e-6
 
 
-def trained_student(classes: int | None = None) -> two_times.TargetTime:
+def trained_student(classes: int | None = None) -> conditioned.Conditioned:
     """A target-time network after a few BOOT steps under a flow."""
     torch.manual_seed(0)
     unet = tiny_unet(classes)
-    network = two_times.TargetTime(copy.deepcopy(unet))
+    network = conditioned.Conditioned(copy.deepcopy(unet))
     roles = {"teacher": unet, "student": network}
     nets = {role: Denoiser(net, Flow(), "flow", unet2d.call) for role, net in roles.items()}
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)

@@ -4,9 +4,10 @@ import pytest
 import yaml
 
 from stepdistill.bundled import bundled_configs
-from stepdistill.config import Config, parse
+from stepdistill.config import Config
 from stepdistill.errors import UserError
 from stepdistill.methods import BOOT, SiD
+from stepdistill.recipe import parse
 from stepdistill.train_teacher import TeacherConfig
 from stepdistill.train_text_teacher import TextTeacherConfig
 

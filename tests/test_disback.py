@@ -20,12 +20,13 @@ from test_trainer import weights
 from torch import nn
 
 from stepdistill.backbones import unet2d
-from stepdistill.config import Config, Optimizer, Training, parse
+from stepdistill.config import Config, Optimizer, Training
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.methods import DMD, AnyMethod, Batch, DisBack, SiD, SwiftBrush
 from stepdistill.methods._score import ScoreDistillation
 from stepdistill.process import VE
+from stepdistill.recipe import parse
 from stepdistill.snapshots import OnDisk, Remembered
 from stepdistill.trainer import Trainer
 

@@ -8,12 +8,13 @@ from torch import nn
 
 from stepdistill.__main__ import main
 from stepdistill.bundled import bundled_configs
-from stepdistill.config import Config, parse
+from stepdistill.config import Config
 from stepdistill.distill import Run
 from stepdistill.dry_run import META, Step, dry_run, measured, rehearse, role_of
 from stepdistill.errors import UserError
 from stepdistill.preflight import checked
 from stepdistill.prompts import encode
+from stepdistill.recipe import parse
 from stepdistill.teacher import load_teacher
 
 PAPER_SCALE = [name for name in bundled_configs() if not name.startswith(("digits_", "teacher_"))]

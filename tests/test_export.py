@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from stepdistill.backbones import two_times, unet2d
+from stepdistill.backbones import conditioned, unet2d
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.export import export, export_error
@@ -62,8 +62,8 @@ def test_exported_sid_student_is_its_sampler_for_every_process_and_target(proces
 )
 def test_exported_boot_student_is_its_sampler_with_the_target_time_folded(process, target, t_max, tmp_path):
     denoiser = student(process, target)
-    network = two_times.TargetTime(cast(UNet2DModel, denoiser.network))
-    torch.nn.init.normal_(network.target_embedding.linear_2.weight, std=0.3)
+    network = conditioned.Conditioned(cast(UNet2DModel, denoiser.network))
+    torch.nn.init.normal_(cast(Any, network.embeddings["target_label"]).linear_2.weight, std=0.3)
     denoiser = Denoiser(network.eval(), process, target, unet2d.call)
     sampler = BOOT(t_max=t_max).sampler(process)
     hosted = plan(denoiser, sampler, classes=None)

@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from oracles import PROCESSES, SIGMA_DATA, TARGETS, Mixture, call, flow_map, gau
 from test_learning import MLP, distilled_onto, learn, ring, sliced_w1
 from torch import Tensor, nn
 
-from stepdistill.backbones import two_times, unet2d
+from stepdistill.backbones import conditioned, unet2d
 from stepdistill.conditions import Cond
 from stepdistill.denoiser import Denoiser, Target
 from stepdistill.export import export, export_error
@@ -462,10 +462,10 @@ SCALED = VP(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="sca
 SHAPE = (1, 8, 8)
 
 
-def two_time_unet(spread: float) -> two_times.TargetTime:
+def two_time_unet(spread: float) -> conditioned.Conditioned:
     """A tiny network with attention whose last new layer has weights of ``spread``."""
-    network = two_times.TargetTime(cast(UNet2DModel, tiny_unet(seed=3)))
-    torch.nn.init.normal_(network.target_embedding.linear_2.weight, std=spread)
+    network = conditioned.Conditioned(cast(UNet2DModel, tiny_unet(seed=3)))
+    torch.nn.init.normal_(cast(Any, network.embeddings["target_label"]).linear_2.weight, std=spread)
     return network.eval()
 
 

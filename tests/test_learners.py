@@ -8,7 +8,7 @@ from conftest import tiny_unet
 from safetensors.torch import load_file
 
 from stepdistill.__main__ import main
-from stepdistill.backbones.two_times import TargetTime
+from stepdistill.backbones.conditioned import Conditioned
 from stepdistill.bundled import bundled_configs
 from stepdistill.config import Optimizer, Training
 from stepdistill.errors import UserError
@@ -103,7 +103,7 @@ def test_checkpointing_keeps_less_than_half_and_gives_the_same_gradients():
 
 
 def test_convolutions_are_in_channels_last_order_also_behind_a_second_time():
-    network = TargetTime(tiny_unet())
+    network = Conditioned(tiny_unet())
     tune(network, Training(channels_last=True, gradient_checkpointing=True))
     stock: Any = network.network
     assert stock.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -130,7 +130,7 @@ def test_an_optimizer_is_found_by_its_dotted_name_and_given_what_it_knows():
 )
 def test_settings_that_do_not_exist_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
-        check_learners(tiny_unet(), Training.model_validate(settings), two_times=False)
+        check_learners(tiny_unet(), Training.model_validate(settings), conditioned=False)
 
 
 def test_an_optimizer_that_does_not_take_its_options_says_so():

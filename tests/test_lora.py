@@ -14,7 +14,7 @@ from test_export import SCALED, SHAPE
 from torch import nn
 
 from stepdistill.backbones import unet2d
-from stepdistill.backbones.two_times import TargetTime
+from stepdistill.backbones.conditioned import Conditioned
 from stepdistill.config import Lora, Optimizer, Training
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
@@ -338,7 +338,7 @@ def test_a_step_of_every_method_moves_its_learners_only(kind):
 def trainer_of(method: Method, teacher: Denoiser) -> Trainer:
     networks = {role: copy.deepcopy(teacher.network) for role in ("student", *method.roles)}
     if method.two_times:
-        networks["student"] = TargetTime(tiny_unet())
+        networks["student"] = Conditioned(tiny_unet())
     torch.manual_seed(0)
     return Trainer(
         method,

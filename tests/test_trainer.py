@@ -12,7 +12,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.backbones import two_times, unet2d
+from stepdistill.backbones import conditioned, unet2d
 from stepdistill.config import Optimizer, Training
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods import BOOT, Batch, Loss, Method, SiD, Turn
@@ -29,7 +29,7 @@ def build(method, *, seed=0, steps=10, watch=lambda step, log: None, network=tin
     teacher = Denoiser(network(), PROCESS, "eps", unet2d.call)
     networks = {role: copy.deepcopy(teacher.network) for role in ("student", *method.roles)}
     if method.two_times:
-        networks["student"] = two_times.TargetTime(network())
+        networks["student"] = conditioned.Conditioned(network())
     torch.manual_seed(seed)
     return Trainer(
         method,

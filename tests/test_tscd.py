@@ -290,7 +290,7 @@ def test_stages_follow_one_another_and_their_students_are_kept():
     method, kept = TSCD(stage_steps=(3, 2, 4)), []
 
     class Names(Remembered):
-        def keep(self, name, net):
+        def publish(self, name, net):
             kept.append((step, name))
 
     nets, counts = {"student": LINE.denoiser(Flow())}, []

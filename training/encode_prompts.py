@@ -12,9 +12,10 @@ import sys
 
 import torch
 
-from stepdistill.config import Config, parse
+from stepdistill.config import Config
 from stepdistill.data import data_free
 from stepdistill.errors import UserError
+from stepdistill.recipe import parse
 from stepdistill.teacher import load_teacher
 
 

@@ -6,8 +6,8 @@ python training/train_text_teacher.py --config configs/teacher_digits_text.yaml 
 import argparse
 import sys
 
-from stepdistill.config import parse
 from stepdistill.errors import UserError
+from stepdistill.recipe import parse
 from stepdistill.train_text_teacher import TextTeacherConfig, train_text_teacher
 
 

@@ -6,13 +6,13 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Family, square, target
+from .family import Family, numbers, square
 
 
 def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
     """``(B, 4, h, w)`` output at latents ``x`` and labels ``(B,)``; a predicted variance is left out."""
     labels = cond["class_labels"]
-    output = network(x, timestep=label.float(), class_labels=labels, return_dict=False, **target(cond))[0]
+    output = network(x, timestep=label.float(), class_labels=labels, return_dict=False, **numbers(cond))[0]
     return output[:, : x.shape[1]]
 
 

@@ -81,6 +81,6 @@ def rows(**tensors: torch.Tensor) -> Cond:
     return {k: (v.float() if v.is_floating_point() else v).detach().cpu() for k, v in tensors.items()}
 
 
-def target(cond: Cond) -> dict[str, torch.Tensor]:
-    """The keyword of a network that is told a target time, where ``cond`` has one."""
-    return {"target_label": cond["target_label"]} if "target_label" in cond else {}
+def numbers(cond: Cond) -> dict[str, torch.Tensor]:
+    """What ``cond`` has for a ``Conditioned`` network."""
+    return {key: cond[key] for key in ("target_label", "guidance_scale") if key in cond}

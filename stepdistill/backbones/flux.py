@@ -10,7 +10,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, rows, target
+from .family import Config, Family, numbers, rows
 
 
 def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
@@ -28,7 +28,7 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         txt_ids=x.new_zeros(text.shape[1], 3),
         img_ids=_places(height, width, x),
         return_dict=False,
-        **target(cond),
+        **numbers(cond),
     )[0]
     return unpacked(output, height, width)
 

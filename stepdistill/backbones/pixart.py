@@ -10,7 +10,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, rows, square, target
+from .family import Config, Family, numbers, rows, square
 
 _ADDED = ("resolution", "aspect_ratio")
 
@@ -24,7 +24,7 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         timestep=label.float(),
         added_cond_kwargs={key: cond.get(key) for key in _ADDED},
         return_dict=False,
-        **target(cond),
+        **numbers(cond),
     )[0]
     return output[:, : x.shape[1]]
 

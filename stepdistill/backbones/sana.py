@@ -10,7 +10,7 @@ from diffusers import SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, rows, square, target
+from .family import Config, Family, numbers, rows, square
 
 _INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What the stock pipeline puts before every prompt."""
@@ -24,7 +24,7 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         encoder_attention_mask=cond["encoder_attention_mask"],
         timestep=label.float() * cond["timestep_scale"],
         return_dict=False,
-        **target(cond),
+        **numbers(cond),
     )[0]
 
 

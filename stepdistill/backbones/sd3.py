@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, rows, square, target
+from .family import Config, Family, numbers, rows, square
 
 
 def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
@@ -20,7 +20,7 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         encoder_hidden_states=cond["encoder_hidden_states"],
         pooled_projections=cond["pooled_projections"],
         return_dict=False,
-        **target(cond),
+        **numbers(cond),
     )[0]
 
 

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, rows, square, target
+from .family import Config, Family, numbers, rows, square
 from .unet2d import bottleneck
 
 _ADDED = ("text_embeds", "time_ids")
@@ -24,7 +24,7 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
     """
     added = {key: cond[key] for key in _ADDED if key in cond}
     text = cond["encoder_hidden_states"]
-    return network(x, label.float(), text, added_cond_kwargs=added or None, return_dict=False, **target(cond))[0]
+    return network(x, label.float(), text, added_cond_kwargs=added or None, return_dict=False, **numbers(cond))[0]
 
 
 def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401

@@ -71,7 +71,7 @@ class ScoreDistillation(Method):
         if not 0 <= self.uncond_share <= 1:
             raise ValueError(f"uncond_share must lie in [0, 1], got {self.uncond_share}")
 
-    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor, ...]:
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor | None, ...]:
         """Every guidance scale that the fake network is called with beside ``teacher``."""
         return (self.fake_guidance,)
 
@@ -149,7 +149,7 @@ class ScoreDistillation(Method):
 
 @torch.no_grad()
 def matching_gradient(
-    method: ScoreDistillation, nets: Nets, x_g: Tensor, cond: Cond, *, fake_scale: float | Tensor, weight: Weight
+    method: ScoreDistillation, nets: Nets, x_g: Tensor, cond: Cond, *, fake_scale: float | Tensor | None, weight: Weight
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """``w (D_psi - D_phi)`` at a random level of every sample, over the batch size, and the scalars to log.
 
@@ -183,15 +183,15 @@ def steered(x_g: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
     return value + ((x_g - x_g.detach()) * gradient).sum()
 
 
-def fake_guided(nets: Nets, scale: float | Tensor) -> Denoiser:
+def fake_guided(nets: Nets, scale: float | Tensor | None) -> Denoiser:
     """The fake network under the teacher's kind of guidance with its own ``scale``."""
     guidance = nets["teacher"].guidance
     return replace(nets["fake"], guidance=None if guidance is None else replace(guidance, scale=scale))
 
 
 def dropped(cond: Cond, uncond: Cond, share: float, size: int) -> Cond:
-    """``cond`` with a random ``share`` of its ``size`` rows replaced by the null condition."""
-    null = repeat(uncond, size)
+    """``cond`` with a random ``share`` of its ``size`` rows replaced by the null condition; scales stay."""
+    null = {**cond, **repeat(uncond, size)}
     drop = {key: torch.rand(size, device=value.device) < share for key, value in list(cond.items())[:1]}
     (lost,) = drop.values()
     return {key: torch.where(lost.view(-1, *[1] * (value.ndim - 1)), null[key], value) for key, value in cond.items()}

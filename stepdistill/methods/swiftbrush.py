@@ -33,7 +33,7 @@ class SwiftBrush(ScoreDistillation):
     fake_times: TimeLaw = UniformTimes(low=0.0, high=1.0)
     """Times at which the fake network learns."""
 
-    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor, ...]:
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor | None, ...]:
         return (self.fake_guidance, 1.0 if teacher.guidance is None else teacher.guidance.scale)
 
     def gradient(self, nets: Nets, x_g: Tensor, cond: Cond) -> tuple[Tensor, dict[str, Tensor]]:

@@ -135,9 +135,9 @@ class TSCD(Method):
         return bisect_right(list(accumulate(self.stage_steps)), step)
 
     def prepare(self, step: int, nets: Nets, snapshots: Snapshots) -> None:
-        """Keep the student of every stage that ends here; the last one is what the run exports."""
+        """Publish the student of every stage that ends here; the last one is what the run exports."""
         if step and self.stage(step) != self.stage(step - 1):
-            snapshots.keep(f"segments_{self.segments[self.stage(step) - 1]}", nets["student"])
+            snapshots.publish(f"segments_{self.segments[self.stage(step) - 1]}", nets["student"])
 
     def turns(self, step: int) -> Iterator[Turn]:
         yield Turn("student", partial(self.student_loss, segments=self.segments[self.stage(step)]))
