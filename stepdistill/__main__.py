@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "--teacher-first", type=_count, default=0, metavar="N", help="the teacher makes a student's first N calls (0)"
     )
     sample.add_argument("--teacher", metavar="SOURCE", help="that teacher (the one in the student's model card)")
+    sample.add_argument(
+        "--trust-remote-code", action="store_true", help="run the pipeline file that a student comes with"
+    )
     sample.add_argument("--trace", action="store_true", help="also write what every call predicts, to OUT_trace/")
 
     export = commands.add_parser(
@@ -195,6 +198,7 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
                 teacher_first=arguments.teacher_first,
                 teacher=arguments.teacher,
                 trace=arguments.trace,
+                trust_remote_code=arguments.trust_remote_code,
             )
             print(folder)
         case "export":

@@ -177,6 +177,14 @@ class Evaluate(Section):
     """DDIM steps of the teacher's rows."""
 
 
+class Export(Section):
+    """How the student is written."""
+
+    own_code: bool = False
+    """Also write a pipeline file into the student's folder: a plain call is right with it, and students run that no
+    stock scheduler has a place for.  Whoever loads it must consent, by ``trust_remote_code=True``."""
+
+
 class Stage(Section):
     """One method's part of a run that chains several; its student starts as the one before it ended."""
 
@@ -205,6 +213,7 @@ class Config(Section):
     data: Data = Data()
     real_data: RealData | None = None
     evaluate: Evaluate | None = None
+    export: Export = Export()
 
     @model_validator(mode="after")
     def _one_way(self) -> Config:

@@ -60,7 +60,7 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         lines += ["", f"stage {number}: {stage.method.name}, {len(sampler.times)} call(s) at t = {times}"]
         lines += rehearse(stage, config).lines(stage, tflops)
     pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
-    lines += ["", f"student   {pipeline} with {type(hosted.scheduler).__name__}, {hosted.steps} network call(s)"]
+    lines += ["", f"student   {pipeline} with {hosted.scheduler_name}, {hosted.steps} network call(s)"]
     return "\n".join(lines)
 
 

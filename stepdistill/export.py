@@ -33,12 +33,10 @@ from .decoder import Decoder
 from .denoiser import Denoiser
 from .hosting import Plan
 from .lora import merged
+from .own_code import code_of, write_code
 from .process import NoiseProcess
 from .samplers import SampleNoise, StudentSampler
-from .teacher import Teacher, components, pipeline_class
-
-DESCRIPTION = "stepdistill.json"
-"""How a student generates, beside its pipeline."""
+from .teacher import DESCRIPTION, Teacher, components, pipeline_class
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ def export(
     shape: tuple[int, ...],
     cond: Cond,
     host: Host | None = None,
+    own_code: bool = False,
 ) -> None:
     """Write the student's pipeline to ``folder`` (a temporary name first), and check it against the sampler.
 
@@ -102,6 +101,7 @@ def export(
         shape: ``(C, H, W)`` of one sample.
         cond: conditions of the samples of the check, four of them or those of ``host.call``.
         host: where the student's pipeline is the teacher's own, whose other files are copied byte for byte.
+        own_code: also write the student's own pipeline file, with which a plain call is right.
 
     Raises:
         RuntimeError: the reloaded pipeline differs from the sampler by more than 1e-4.
@@ -117,6 +117,11 @@ def export(
     description = {"sampler": asdict(sampler), "map": asdict(hosted.map), "label": hosted.label, "steps": hosted.steps}
     if host:
         description["call"] = {key: value for key, value in host.call.items() if not isinstance(value, list)}
+    if hosted.grid or own_code:
+        stock = hosted.pipeline.__name__ if hosted.pipeline else cast(Host, host).teacher.index["_class_name"]
+        call = {"num_inference_steps": hosted.steps, **description.get("call", {})}
+        write_code(temporary, stock=stock, call=call, grid=hosted.grid)
+        description |= {"stock": stock, "sole": hosted.grid is not None}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     error = export_error(denoiser, sampler, temporary, shape=shape, cond=cond, host=host)
     _accept(temporary, folder, error)
@@ -149,7 +154,7 @@ def export_lora(
         RuntimeError: the teacher's pipeline with the adapters differs from the sampler by more than 1e-4.
     """
     teacher, component = host.teacher, host.teacher.family.component
-    if not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6):
+    if hosted.scheduler is None or not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6):
         return False
     pipeline: Any = DiffusionPipeline.from_pretrained(teacher.folder, **empty_parts(teacher.index))
     temporary = folder.with_name(folder.name + ".tmp")
@@ -204,8 +209,12 @@ def _replace(host: Host, network: Any, scheduler: Any, folder: Path) -> None:  #
         if kind and name not in (component, "scheduler"):
             shutil.copytree(teacher.folder / name, folder / name)
     network.save_pretrained(folder / component)
-    scheduler.save_pretrained(folder / "scheduler")
-    index = {**teacher.index, "scheduler": ["diffusers", type(scheduler).__name__]}
+    index = dict(teacher.index)
+    if scheduler is None:
+        shutil.copytree(teacher.folder / "scheduler", folder / "scheduler")
+    else:
+        scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -223,7 +232,7 @@ def export_error(
     student, told = _on_cpu(denoiser, cond)
     logging.disable_progress_bar()
     empty = empty_parts(host.teacher.index) if host else {}
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty, **_consent(folder))
     pipeline.set_progress_bar_config(disable=True)
     calls = len(sampler.times)
     if host is None:
@@ -236,6 +245,12 @@ def export_error(
         ).images
         return (torch.from_numpy(output).permute(0, 3, 1, 2) - (images / 2 + 0.5).clamp(0, 1)).abs().max().item()
     return _error_in_place(pipeline, student, told, sampler, host, shape)
+
+
+def _consent(folder: Path) -> dict[str, Any]:
+    """Arguments that load a folder by the pipeline file that was written into it just now, where there is one."""
+    code = code_of(folder)
+    return {} if code is None else {"custom_pipeline": code.stem, "trust_remote_code": True}
 
 
 def _on_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
@@ -253,12 +268,15 @@ def _error_in_place(
 ) -> float:
     """Sample by sample: some stock pipelines draw the noise of later steps from torch's global generator."""
     decode, worst = Decoder(host.teacher), 0.0
+    call: dict[str, Any] = {"num_inference_steps": len(sampler.times), **host.call}
+    if type(pipeline).__module__.startswith("diffusers_modules"):  # the student's own, which knows what to say
+        call = {key: value for key, value in call.items() if isinstance(value, list)}
     if "safety_checker" in pipeline.components:  # it would blacken what is compared
         pipeline.safety_checker = None
     for k in range(len(next(iter(cond.values())))):
-        one = {key: value[k : k + 1] if isinstance(value, list) else value for key, value in host.call.items()}
+        one = {key: value[k : k + 1] if isinstance(value, list) else value for key, value in call.items()}
         torch.manual_seed(k)
-        made = pipeline(num_inference_steps=len(sampler.times), output_type="np", **one).images
+        made = pipeline(output_type="np", **one).images
         torch.manual_seed(k)
         noise, mine = torch.randn(1, *shape), {key: value[k : k + 1] for key, value in cond.items()}
         drawn = sampler(student, noise, mine, renoise=lambda: host.teacher.family.later_noise(shape))

@@ -25,6 +25,7 @@ from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .denoiser import Denoiser
 from .errors import UserError
+from .own_code import grid
 from .process import VP, Flow
 from .samplers import StudentSampler
 
@@ -65,23 +66,60 @@ class Plan:
 
     pipeline: type[DiffusionPipeline] | None
     """``None`` is the teacher's own."""
-    scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler
+    scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler | None
+    """``None`` is the teacher's own, which a student with a ``grid`` does not use."""
     steps: int
     """Network calls."""
     map: OneStepMap
     """Of the first call."""
     output: float
     """``B'``, the factor that the scheduler puts before the network's output."""
-    label: int
+    label: float
     """The timestep that the pipeline tells the network."""
+    grid: dict[str, Any] | None = None
+    """Settings of the student's own scheduler, where no stock one runs it."""
+
+    @property
+    def scheduler_name(self) -> str:
+        """Class of the scheduler."""
+        return "its own StudentScheduler" if self.grid else type(self.scheduler).__name__
 
 
-def plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None, family: Family = UNET2D) -> Plan:
+def plan(
+    denoiser: Denoiser,
+    sampler: StudentSampler,
+    *,
+    classes: int | None,
+    family: Family = UNET2D,
+    own_code: bool = False,
+) -> Plan:
     """Choose pipeline and scheduler for a student of a teacher in ``family`` with so many ``classes``.
+
+    Args:
+        denoiser: the student, or its teacher.
+        sampler: how the student generates.
+        classes: of a class-conditional teacher.
+        family: of the teacher.
+        own_code: where stock diffusers has no place for the student, let it travel with its own pipeline file.
 
     Raises:
         UserError: stock diffusers has no place for this student.
     """
+    try:
+        return _stock_plan(denoiser, sampler, classes=classes, family=family)
+    except UserError as error:
+        if sampler.target_time is not None and len(sampler.times) > 1:
+            raise
+        if not own_code:
+            raise UserError(f"{error}; or set export.own_code=true, to load it with trust_remote_code=True") from None
+    first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    first = replace(first, input=1.0)  # the scheduler scales what the network is fed
+    hosts = (ConsistencyModelPipeline, LCMScheduler()) if family is UNET2D else (None, None)
+    steps, own = len(sampler.times), grid(denoiser, sampler)
+    return Plan(*hosts, steps, first, first.output, first.label, own)
+
+
+def _stock_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None, family: Family) -> Plan:
     first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
     make = _one_step_plan if len(sampler.times) == 1 else _few_step_plan
     scaled = not math.isclose(first.input, 1.0, rel_tol=1e-12)

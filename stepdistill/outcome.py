@@ -21,6 +21,7 @@ from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
 from .export import Host, empty_parts, export, export_lora, reads_adapters
 from .hosting import Plan
+from .own_code import code_of
 from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .styles import digits_of
@@ -68,8 +69,9 @@ class Outcome:
         host = Host(self.teacher, self._call()) if hosted.pipeline is None else None
         ids, shape = range(2 if host else 4), self.teacher.sample_shape
         cond = self.data.cond(ids)
-        export(student, sampler, hosted, self.student_folder, shape=shape, cond=cond, host=host)
-        use = self._usage(Path(PLACE), hosted.steps)
+        own_code = self.config.export.own_code
+        export(student, sampler, hosted, self.student_folder, shape=shape, cond=cond, host=host, own_code=own_code)
+        use = self._usage(Path(PLACE), hosted)
         self._card([], use, hosted.steps, None).save(self.student_folder / CARD)
         rows = self._evaluate(student, sampler)
         self._picture(student, sampler, metrics)
@@ -77,7 +79,7 @@ class Outcome:
         self._card(rows, use, hosted.steps, _PICTURE).save(self.student_folder / CARD)
         if rows and self.evaluator:
             print(f"\n{table(rows, self.evaluator.extractor.name)}")
-        lines = self._usage(self.student_folder, hosted.steps)
+        lines = self._usage(self.student_folder, hosted)
         print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{lines}")
         if adapted and host:
             host = Host(self.teacher, {"guidance_scale": 1.0, **self._call()})
@@ -94,8 +96,16 @@ class Outcome:
                 self._card(rows, use, hosted.steps, _PICTURE, adapters=True).save(folder / CARD)
                 print(f"\nadapters {folder}, for the teacher's own pipeline:\n\n{lines}")
 
-    def _usage(self, folder: Path, steps: int) -> str:
-        return usage(folder, steps, self._call(), empty_parts(self.teacher.index))
+    def _usage(self, folder: Path, hosted: Plan) -> str:
+        code = code_of(self.student_folder)
+        return usage(
+            folder,
+            hosted.steps,
+            self._call(),
+            empty_parts(self.teacher.index),
+            code=code and code.stem,
+            sole=hosted.grid is not None,
+        )
 
     def _call(self) -> dict[str, Any]:
         """What a stock call says beside its number of steps, for the samples 0 and 1."""

@@ -34,7 +34,8 @@ def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Pla
     for stage in stages:
         _check_roles(stage, teacher, config)
     samplers = [stage.method.sampler(guided.process) for stage in stages]
-    hosted = plan(teacher.denoiser, samplers[-1], classes=teacher.classes, family=teacher.family)
+    own_code = config.export.own_code
+    hosted = plan(teacher.denoiser, samplers[-1], classes=teacher.classes, family=teacher.family, own_code=own_code)
     check_evaluation(config.evaluate, teacher)
     check_images(stages, config.real_data)
     return samplers, hosted

@@ -92,7 +92,15 @@ def table(rows: list[Measurement], metric: str) -> str:
     return "\n".join(lines)
 
 
-def usage(folder: Path, steps: int, call: dict[str, Any], without: Iterable[str] = ()) -> str:
+def usage(
+    folder: Path,
+    steps: int,
+    call: dict[str, Any],
+    without: Iterable[str] = (),
+    *,
+    code: str | None = None,
+    sole: bool = False,
+) -> str:
     """The lines of Python that use an exported student.
 
     Args:
@@ -100,17 +108,27 @@ def usage(folder: Path, steps: int, call: dict[str, Any], without: Iterable[str]
         steps: its network calls.
         call: what a call says beside them; of lists, one entry.
         without: components that loading must be told to do without.
+        code: name of the pipeline file that the folder has, which knows what to say.
+        sole: no stock pipeline runs the student.
     """
-    return "\n".join(["from diffusers import DiffusionPipeline", _loading(folder, without), *_calling(steps, call)])
+    start = "from diffusers import DiffusionPipeline"
+    plain = "\n".join([start, _loading(folder, without), *_calling(steps, call)])
+    if code is None:
+        return plain
+    consent = ([] if sole else [f'custom_pipeline="{code}"']) + ["trust_remote_code=True"]
+    told = {key: value for key, value in call.items() if isinstance(value, list)}
+    own = "\n".join([start, _loading(folder, without, consent), *_calling(None, told)])
+    return own if sole else f"{plain}\n\n# or with its own defaults, which are code in its folder:\n{own}"
 
 
-def _loading(folder: Path, without: Iterable[str]) -> str:
-    source = ", ".join([f'"{folder.as_posix()}"', *(f"{name}=None" for name in without)])
+def _loading(folder: Path, without: Iterable[str], consent: Iterable[str] = ()) -> str:
+    source = ", ".join([f'"{folder.as_posix()}"', *consent, *(f"{name}=None" for name in without)])
     return f"pipe = DiffusionPipeline.from_pretrained({source})"
 
 
-def _calling(steps: int, call: dict[str, Any]) -> list[str]:
-    said = {"num_inference_steps": steps, **{key: value for key, value in call.items() if key != "prompt"}}
+def _calling(steps: int | None, call: dict[str, Any]) -> list[str]:
+    said: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
+    said |= {key: value for key, value in call.items() if key != "prompt"}
     if isinstance(said.get("class_labels"), list):
         said["class_labels"] = said["class_labels"][:1]
     words = [repr(prompt) for prompt in call.get("prompt", [])[:1]] + [

@@ -19,13 +19,12 @@ from .config import Data
 from .data import DataFree, class_labels, data_free, draws
 from .decoder import Decoder
 from .errors import UserError
-from .export import DESCRIPTION
 from .hybrid import HybridSampler, trace_ode, trace_x0
 from .images import to_picture, to_uint8
 from .prompts import read_prompts
 from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
 from .student import exported, few_step, one_step, recipe, teacher_of
-from .teacher import load_teacher, read_index
+from .teacher import DESCRIPTION, load_teacher, read_index
 
 Traces = Callable[[range], Tensor]
 """What the calls for the given ids predict, ``(B, K, C, H, W)`` in [-1, 1]; the last of the K is the sample."""
@@ -46,6 +45,7 @@ def sample(
     teacher_first: int = 0,
     teacher: str | None = None,
     trace: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write ``count`` PNG files named by sample id; sample ``k`` does not depend on count or batch size.
 
@@ -64,6 +64,7 @@ def sample(
         teacher_first: calls of the student that the teacher makes, see ``HybridSampler``.
         teacher: source of that teacher; the one in the student's model card by default.
         trace: also write what every call predicts, as one row of pictures per sample, to the folder ``{output}_trace``.
+        trust_remote_code: run the pipeline file that a student comes with.
 
     Raises:
         UserError: no such pipeline, choices that do not go together, or a folder that holds something.
@@ -89,9 +90,9 @@ def sample(
             raise UserError(f"--teacher-first goes in Euler (DDIM) steps; remove --solver {solver}")
         traces = _hybrid(source, labels, device, teacher_first, teacher, steps)
     elif family and family is not UNET2D:
-        traces = _placed(source, family, labels, prompts, device)
+        traces = _placed(source, family, labels, prompts, device, trust_remote_code=trust_remote_code)
     elif family:
-        traces = _student(source, labels, device, trace)
+        traces = _student(source, labels, device, trace, trust_remote_code=trust_remote_code)
     else:
         asked = {"class_labels": labels, "prompts": prompts, "guidance_scale": guidance_scale}
         traces = _teacher(source, asked, device, 50 if steps is None else steps, solver, trace)
@@ -150,9 +151,11 @@ def _asked(labels: tuple[int, ...] | None, classes: int | None) -> Data:
     return Data(class_labels=labels if labels is not None else "uniform" if classes is not None else None)
 
 
-def _student(source: str, labels: tuple[int, ...] | None, device: torch.device, trace: bool) -> Traces:
+def _student(
+    source: str, labels: tuple[int, ...] | None, device: torch.device, trace: bool, *, trust_remote_code: bool
+) -> Traces:
     """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
-    pipeline, sampler, *_ = exported(source, device)
+    pipeline, sampler, *_ = exported(source, device, trust_remote_code=trust_remote_code)
     data, calls = _draws(source, pipeline.unet, labels, device), len(sampler.times)
 
     def images(ids: range) -> Tensor:
@@ -179,9 +182,11 @@ def _placed(
     labels: tuple[int, ...] | None,
     prompts: str | tuple[str, ...] | None,
     device: torch.device,
+    *,
+    trust_remote_code: bool,
 ) -> Traces:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
-    student = exported(source, device)
+    student = exported(source, device, trust_remote_code=trust_remote_code)
     data = recipe(Path(source) / "README.md").get("data", {})
     if family.encode:
         every: list[Any] = _prompts_of(source, prompts or data.get("prompts"))

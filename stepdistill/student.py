@@ -20,11 +20,11 @@ from .conditions import Cond
 from .config import Data
 from .denoiser import Denoiser
 from .errors import UserError
-from .export import DESCRIPTION, empty_parts
+from .export import empty_parts
 from .process import NoiseProcess
 from .samplers import StudentSampler
 from .schedulers import read_scheduler
-from .teacher import Teacher, load_teacher, read_index
+from .teacher import DESCRIPTION, Teacher, load_teacher, read_index
 
 
 class Exported(NamedTuple):
@@ -39,8 +39,8 @@ class Exported(NamedTuple):
     """What a call of a student in its teacher's own pipeline says beside prompt or label, and steps."""
 
 
-def exported(source: str, device: torch.device) -> Exported:
-    """Read what an export wrote; its pipeline is on ``device``."""
+def exported(source: str, device: torch.device, *, trust_remote_code: bool = False) -> Exported:
+    """Read what an export wrote; its pipeline is on ``device``, its own pipeline file run only with consent."""
     try:
         written = json.loads((Path(source) / DESCRIPTION).read_text())
         recorded = {**written["sampler"], "times": tuple(written["sampler"]["times"])}
@@ -49,7 +49,10 @@ def exported(source: str, device: torch.device) -> Exported:
         raise UserError(f"{source}/{DESCRIPTION} is not what an export writes: {error!r}") from None
     try:
         index, _ = read_index(Path(source) / "model_index.json", source)
-        pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(index)).to(device)
+        consent = {"trust_remote_code": True} if written.get("sole") else {}
+        if consent and not trust_remote_code:
+            raise UserError(f"{source} runs by a pipeline file of its own; read it, then say --trust-remote-code")
+        pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(index), **consent).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: cannot read the student: {str(error).splitlines()[0]}") from None
     pipeline.set_progress_bar_config(disable=True)
@@ -59,6 +62,8 @@ def exported(source: str, device: torch.device) -> Exported:
 def few_step(pipeline: Any, sampler: StudentSampler) -> tuple[Denoiser, StudentSampler]:  # noqa: ANN401
     """A student of several calls under the process of its own stock scheduler, which is the teacher's up there."""
     scheduler = pipeline.scheduler
+    if type(pipeline).__module__.startswith("diffusers_modules"):
+        raise UserError("--teacher-first and --trace do not know the scheduler in a student's own pipeline file")
     denoiser = Denoiser(pipeline.unet, **read_scheduler(scheduler), call=unet2d.call)
     scheduler.set_timesteps(len(sampler.times))
     times = denoiser.process.time_of_label(scheduler.timesteps.double()).tolist()

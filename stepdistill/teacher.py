@@ -27,6 +27,9 @@ from .schedulers import SUPPORTED, read_scheduler
 PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
 """Pipeline classes that can be distilled."""
 
+DESCRIPTION = "stepdistill.json"
+"""How a student generates, beside its pipeline."""
+
 _OTHER_FORMATS = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.non_ema.*"]
 """Files of a hub repository that repeat the weights; none of them is downloaded."""
 
@@ -265,6 +268,8 @@ def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
     if not path.is_file():
         raise UserError(f"{source} is not a diffusers pipeline: it has no model_index.json")
     index = _json(path, source)
+    if isinstance(index.get("_class_name"), list):
+        index["_class_name"] = _behind(path.with_name(DESCRIPTION), source)
     name = index.get("_class_name")
     family = next((family for family in FAMILIES if name in family.pipelines), None)
     if family is None:
@@ -278,6 +283,14 @@ def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
     if scheduler not in known:
         raise UserError(f"scheduler {scheduler} of {source} is not supported; supported are {', '.join(known)}")
     return index, family
+
+
+def _behind(description: Path, source: str) -> str:
+    """The stock pipeline behind a student's own pipeline file; no code from elsewhere is ever run."""
+    stock = _json(description, source).get("stock") if description.is_file() else None
+    if not isinstance(stock, str):
+        raise UserError(f"{source} comes with pipeline code of its own, which is not run; give a stock pipeline")
+    return stock
 
 
 def _json(path: Path, source: str) -> dict[str, Any]:
