@@ -99,6 +99,12 @@ class Training(Section):
     """Call a guided teacher twice, in place of once with a doubled batch: less memory, more time."""
     teacher_dtype: Precision = "float32"
     """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
+    quantize_teacher: Literal["int8"] | None = None
+    """Linear layers of the frozen teacher in eight bits, through ``torchao``; what learns starts from whole weights."""
+    offload_teacher: bool = False
+    """Keep the teacher in the memory of the CPU but for the turns that ask it."""
+    attention: str | None = None
+    """diffusers' attention backend (``flash``, ``sage``, ``_native_math``, ...) of every network."""
     gradient_checkpointing: bool = False
     """Keep the input of every block alone and compute the rest again on the way back: less memory, more time."""
     channels_last: bool = False

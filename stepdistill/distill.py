@@ -24,7 +24,7 @@ from .config import Config, Training
 from .data import data_free, real_images
 from .errors import Diverged, UserError
 from .export import save_adapters, single_time
-from .learners import networks, tune
+from .learners import networks, quantized, tune
 from .lora import merged
 from .outcome import Outcome
 from .preflight import check_launch, check_output, check_trackers, checked
@@ -94,7 +94,8 @@ class Run:
             self.data = data_free(self.teacher, config.data, self.accelerator.device)
         if images is not None:
             self.data = replace(self.data, images=images.to(self.accelerator.device))
-        self.teacher.network.to(self.accelerator.device)  # type: ignore[arg-type]
+        self.teacher = quantized(self.teacher, config.training)
+        self.teacher.denoiser.network.to(self.accelerator.device)
         two_passes = config.training.guidance_in_two_passes
         self.taught = self.teacher.guided(config.data, self.data.null, two_passes=two_passes)
         self.outcome = Outcome(config, self.teacher, self.taught, self.data)
@@ -108,7 +109,7 @@ class Run:
         self.stage, self.training, self.sampler = stage, cast(Training, stage.training), self.samplers[index]
         self.start = sum(earlier.steps for earlier in self.stages[:index])
         place = f"stage_{index + 1}" if len(self.stages) > 1 else ""
-        tune(self.teacher.network, self.training)  # before adapters share its memory
+        tune(self.taught.network, self.training)  # before adapters share its memory
         self.trainer = Trainer(
             stage.method,
             self.taught,

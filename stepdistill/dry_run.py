@@ -17,14 +17,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conditions import Cond
 from .config import Config, Stage, Training
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
-from .learners import learning, networks, tune
+from .learners import learning, networks, quantized, tune
 from .preflight import check_trackers, checked
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer
@@ -116,10 +116,11 @@ def _size(count: float) -> str:
 
 def rehearse(stage: Stage, config: Config) -> Rehearsal:
     """Run the last step of ``stage`` on the meta device, in the precision of its training."""
-    teacher, training = _teacher(config), cast(Training, stage.training)
+    training = cast(Training, stage.training)
+    teacher = quantized(_teacher(config), training)
     data = _data(config, teacher)
-    tune(teacher.network, training)
-    settings = training.model_copy(update={"compile": None, "mixed_precision": "no"})
+    tune(teacher.denoiser.network, training)
+    settings = training.model_copy(update={"compile": None, "mixed_precision": "no", "offload_teacher": False})
     made = networks(stage.model_copy(update={"training": settings}), teacher, config.data)
     taught = teacher.guided(config.data, data.null, two_passes=training.guidance_in_two_passes)
     trainer = Trainer(
@@ -228,8 +229,16 @@ def role_of(network: nn.Module, role: str, training: Training) -> Role:
     kind = training.role_optimizers.get(role, training.optimizer).name
     states = _STATES * (1 if "8bit" in kind.lower() else 4)
     average = 4 if role == "student" and training.ema_halflife_images else 0
-    held = sum(p.numel() * p.element_size() for p in own)
+    held = sum(_bytes(p) for p in own)
     return Role(sum(p.numel() for p in own), moved, held + moved * (states + average))
+
+
+def _bytes(tensor: Any) -> int:  # noqa: ANN401
+    """Of a quantised one, those of the tensors inside."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.numel() * tensor.element_size()
+    inside = vars(tensor)
+    return sum(_bytes(inside[name]) for name in tensor.__tensor_flatten__()[0])
 
 
 def _teacher(config: Config) -> Teacher:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pkgutil
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any, cast
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,17 +48,32 @@ def networks(
     return made
 
 
+def quantized(teacher: Teacher, training: Training) -> Teacher:
+    """The teacher with a frozen network of its own in eight bits, where asked; the whole weights stay for the others.
+
+    Gradients to its input and forward mode pass through it.
+    """
+    if training.quantize_teacher is None:
+        return teacher
+    torchao: Any = importlib.import_module("torchao.quantization")
+    network = copy.deepcopy(teacher.network)
+    torchao.quantize_(network, torchao.Int8WeightOnlyConfig())
+    return replace(teacher, denoiser=replace(teacher.denoiser, network=network.requires_grad_(False)))
+
+
 def learning(network: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def tune(network: nn.Module, training: Training) -> None:
-    """Memory layout and gradient checkpointing, which change no value; before a twin is made of ``network``."""
+    """Memory layout, attention and gradient checkpointing, which change no value; before ``network`` has a twin."""
     if training.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    stock: Any = network.network if isinstance(network, Conditioned) else network
+    if training.attention:
+        stock.set_attention_backend(training.attention)
     if training.gradient_checkpointing:
-        stock: Any = network.network if isinstance(network, Conditioned) else network
         # Nothing here is random, so there is no state of generators to keep, which would make a GPU wait.
         stock.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
@@ -113,8 +132,25 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         raise UserError(
             f"training.compile: no backend {training.compile!r}; there are {', '.join(torch._dynamo.list_backends(()))}"
         )
+    if training.attention:
+        _check_attention(network, training.attention)
+    if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
+        raise UserError("training.quantize_teacher needs torchao; pip install torchao")
+    if training.lora and (training.quantize_teacher or training.offload_teacher):
+        raise UserError(
+            "training.quantize_teacher and training.offload_teacher are for a teacher whose memory nobody shares; "
+            f"adapters rest on it: remove training.lora of {', '.join(training.lora)}, or set teacher_dtype=bfloat16"
+        )
     if training.gradient_checkpointing and conditioned and len(time_embeddings(network)) > 1:
         raise UserError(
             "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "
             "a method, or a scale drawn from a range, would be lost on the way back; remove it"
         )
+
+
+def _check_attention(network: nn.Module, backend: str) -> None:
+    names = sorted(name.value for name in AttentionBackendName)
+    if backend not in names:
+        raise UserError(f"training.attention: no backend {backend!r}; there are {', '.join(names)}")
+    if not any(isinstance(module, AttentionModuleMixin) for module in network.modules()):
+        raise UserError(f"training.attention: {type(network).__name__} leaves no choice of attention; remove it")

@@ -147,8 +147,11 @@ def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
     training, method = cast(Training, stage.training), stage.method
     ranged = config.data.scales is not None and not teacher.embeds_guidance
     check_learners(teacher.network, training, conditioned=method.two_times or ranged)
-    if training.teacher_dtype != config.training.teacher_dtype:
-        raise UserError("the stages share one teacher; set training.teacher_dtype of the run alone")
+    for shared in ("teacher_dtype", "quantize_teacher", "offload_teacher", "attention"):
+        if training.model_dump()[shared] != config.training.model_dump()[shared]:
+            raise UserError(f"the stages share one teacher; set training.{shared} of the run alone")
+    if training.quantize_teacher and method.frozen_roles:
+        raise UserError(f"training.quantize_teacher: {method.name} goes back to whole networks; remove it")
     roles = {"student", *method.roles}
     for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):
         if unknown := set(named) - roles:

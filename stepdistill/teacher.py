@@ -89,7 +89,8 @@ class Teacher:
         if self.family.encode is not None:
             uncond = null or {}
         elif self.classes is not None and null_label is not None:
-            uncond = {"class_labels": torch.tensor([null_label], device=self.network.device)}
+            device = next(self.denoiser.network.parameters()).device
+            uncond = {"class_labels": torch.tensor([null_label], device=device)}
         else:
             uncond = None
         told_null = data.null_label is not None or data.negative_prompt is not None
@@ -211,7 +212,7 @@ def _locate(source: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if not _is_hub_id(source):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is None:
         raise UserError(f"teacher folder {source!r} does not exist")
     try:
         read_index(Path(hf_hub_download(source, "model_index.json")), source)
@@ -247,10 +248,6 @@ def components(index: dict[str, Any]) -> dict[str, str | None]:
 def pipeline_class(index: dict[str, Any]) -> type[DiffusionPipeline]:
     """The stock class of a supported pipeline."""
     return getattr(diffusers, index["_class_name"])
-
-
-def _is_hub_id(source: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
 
 
 def _unreachable(source: str, error: Exception) -> UserError:

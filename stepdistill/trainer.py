@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload_with_hook
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -96,6 +96,10 @@ class Trainer:
         for role in method.frozen_roles:
             self.frozen[role] = replace(bare, network=compiled(copy.deepcopy(teacher.network), training))
         compiled(teacher.network, training)
+        self._teacher_away: Callable[[], object] = lambda: None
+        if training.offload_teacher:  # after copies were made of it
+            _, hook = cpu_offload_with_hook(teacher.network, accelerator.device)
+            self._teacher_away = hook.offload
         self.nets: dict[str, Nets] = {
             role: {**self.frozen, role: replace(self.frozen[role], network=learner), "still": self.frozen[role]}
             for role, learner in self.learners.items()
@@ -124,6 +128,7 @@ class Trainer:
                     self.accelerator.backward(value / rounds)
                 for key, scalar in watched.items():
                     logs.setdefault(f"{role}/{key}", []).append(scalar)
+            self._teacher_away()
             self._update(role)
         with warnings.catch_warnings():
             # A role that has not learned yet (DisBack's student while it records) follows the schedule all the same.

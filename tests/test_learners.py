@@ -1,18 +1,26 @@
 """Memory and speed settings: they do what they say and change no value."""
 
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import UserCpuOffloadHook
 from conftest import tiny_unet
+from families import build
 from safetensors.torch import load_file
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stepdistill import outcome, prompts
 from stepdistill.__main__ import main
 from stepdistill.backbones.conditioned import Conditioned
 from stepdistill.bundled import bundled_configs
-from stepdistill.config import Optimizer, Training
+from stepdistill.config import Config, Optimizer, Training
+from stepdistill.distill import distill
 from stepdistill.errors import UserError
-from stepdistill.learners import check_learners, optimizer_of, tune
+from stepdistill.learners import check_learners, optimizer_of, quantized, tune
+from stepdistill.teacher import Teacher, load_teacher
 
 RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and "text" not in name]
 SMALL = [
@@ -147,3 +155,106 @@ def test_a_teacher_in_half_precision_halves_its_memory_alone(dtype, teachers, tm
     apart = torch.cat([(half[key] - plain[key]).flatten() for key in plain]).abs()
     assert 0 < apart.max() < 2e-2
     assert all(value.dtype == torch.float32 for value in half.values())
+
+
+@pytest.mark.parametrize("recipe", ["digits_sid", "digits_boot"])
+def test_a_teacher_that_waits_on_the_cpu_gives_the_same_student(recipe, teachers, tmp_path, monkeypatch):
+    sent, offload = [], UserCpuOffloadHook.offload
+    monkeypatch.setattr(UserCpuOffloadHook, "offload", lambda hook: (sent.append(1), offload(hook)))
+    compare(recipe, teachers("ddpm"), tmp_path, "training.offload_teacher=true")
+    assert len(sent) == {"digits_sid": 4, "digits_boot": 2}[recipe], "after every turn"
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    return load_teacher(str(build("sd3", tmp_path_factory.mktemp("sd3"))))
+
+
+INT8 = Training(quantize_teacher="int8")
+with_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+
+
+def told(teacher):
+    shapes = teacher.family.told(teacher.network.config)
+    return {key: torch.randn(2, *((7, shape[1]) if len(shape) == 2 else shape)) for key, shape in shapes.items()}
+
+
+@with_torchao
+def test_a_quantized_teacher_is_nearly_the_teacher_and_leaves_the_whole_weights(transformer):
+    before = {key: value.clone() for key, value in transformer.network.state_dict().items()}
+    light = quantized(transformer, INT8)
+    assert any(type(p).__name__ == "Int8Tensor" for p in light.denoiser.network.parameters())
+    x, t, cond = torch.randn(2, *transformer.sample_shape), torch.tensor([0.3, 0.8]), told(transformer)
+    whole, eight = (teacher.denoiser(x, t, cond).x0 for teacher in (transformer, light))
+    assert 0 < (whole - eight).norm() / whole.norm() < 0.02
+    assert all(torch.equal(value, before[key]) for key, value in transformer.network.state_dict().items())
+
+
+@with_torchao
+def test_gradients_and_forward_mode_pass_through_a_quantized_teacher(transformer):
+    x, t, cond = torch.randn(2, *transformer.sample_shape), torch.tensor([0.3, 0.8]), told(transformer)
+    tangent, gradients, slopes = torch.randn_like(x), [], []
+    for teacher in (transformer, quantized(transformer, INT8)):
+        at = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(teacher.denoiser(at, t, cond).x0.square().sum(), at)
+        gradients.append(gradient)
+        with sdpa_kernel(SDPBackend.MATH):
+            slopes.append(jvp(lambda x: teacher.denoiser(x, t, cond).x0, (x,), (tangent,))[1])  # noqa: B023
+    for whole, eight in (gradients, slopes):
+        assert (whole - eight).norm() / whole.norm() < 0.03
+
+
+@with_torchao
+def test_a_run_with_a_quantized_teacher_trains_whole_networks(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "prompts")
+    monkeypatch.setattr(Teacher, "picture_steps", 2)
+    monkeypatch.setattr(outcome, "_SHOWN", 4)
+    values = {
+        "teacher": str(build("sd3", tmp_path / "sd3")),
+        "output_dir": str(tmp_path / "run"),
+        "steps": 2,
+        "method": {"name": "sid", "init_ratio": float("inf"), "input": "unit"},
+        "data": {"prompts": ["a cat"], "guidance_scale": 3.0},
+        "training": {"batch_size": 2, "trackers": [], "quantize_teacher": "int8"},
+    }
+    folder = distill(Config.model_validate(values))
+    weights = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_an_attention_backend_that_computes_the_same_changes_nothing(tmp_path):
+    folder = build("flux", tmp_path / "flux")
+    plain, other = (load_teacher(str(folder), resolution=16) for _ in range(2))
+    check_learners(other.network, Training(attention="_native_math"), conditioned=False)
+    tune(other.network, Training(attention="_native_math"))
+    kinds = {
+        str(module.processor._attention_backend) for module in other.network.modules() if "processor" in vars(module)
+    }
+    assert kinds == {"AttentionBackendName._NATIVE_MATH"}
+    torch.manual_seed(0)
+    x, t, cond = (
+        torch.randn(2, *plain.sample_shape),
+        torch.tensor([0.3, 0.8]),
+        told(plain) | {"guidance": torch.ones(2)},
+    )
+    torch.testing.assert_close(plain.denoiser(x, t, cond).x0, other.denoiser(x, t, cond).x0, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "flsh"}, "no backend 'flsh'; there are .*flash"),
+        ({"attention": "flash"}, "UNet2DModel leaves no choice of attention"),
+        ({"quantize_teacher": "int8", "lora": {"fake": {}}}, "adapters rest on it: remove training.lora of fake"),
+        ({"offload_teacher": True, "lora": {"fake": {}}}, "whose memory nobody shares"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_learners(tiny_unet(), Training.model_validate(settings), conditioned=False)
+
+
+def test_torchao_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        check_learners(tiny_unet(), INT8, conditioned=False)
