@@ -24,6 +24,11 @@ EnoughSamples = Annotated[int, Field(ge=20)]
 """The fewest samples a distance can be computed from: two per jackknife group."""
 
 
+def _no(value: Any) -> Any:  # noqa: ANN401
+    """YAML 1.1 reads an unquoted ``no`` as false."""
+    return "no" if value is False else value
+
+
 def _scale(value: Any) -> float | tuple[float, float]:  # noqa: ANN401
     match value:
         case int() | float() if value >= 0:
@@ -94,7 +99,7 @@ class Training(Section):
     """Half-life of the student's average in generated images; null is none."""
     ema_rampup: PositiveFloat = 0.05
     """It is at most this share of the images so far: SiD's, for long runs; short ones gain from more."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
     guidance_in_two_passes: bool = False
     """Call a guided teacher twice, in place of once with a doubled batch: less memory, more time."""
     teacher_dtype: Precision = "float32"

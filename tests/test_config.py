@@ -85,3 +85,7 @@ def test_broken_yaml_is_named(tmp_path):
     file.write_text("- 1\n")
     with pytest.raises(UserError, match="got list"):
         parse(Config, str(file), [])
+
+
+def test_an_unquoted_no_is_the_word():
+    assert parse(Config, "digits_sid", ["training.mixed_precision=no"]).training.mixed_precision == "no"

@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from stepdistill.backbones import FAMILIES
 from stepdistill.config import Config, Data
 from stepdistill.data import data_free
 from stepdistill.decoder import Decoder
-from stepdistill.distill import distill
+from stepdistill.distill import Run, distill
 from stepdistill.errors import UserError
 from stepdistill.export import DESCRIPTION, Host, empty_parts, export
 from stepdistill.hosting import plan
@@ -238,11 +241,87 @@ def test_every_method_distils_every_family(name, method, folders, cache, tmp_pat
     monkeypatch.setattr(Teacher, "picture_steps", 2)
     monkeypatch.setattr(outcome, "_SHOWN", 4)
     lora = {"fake": {"rank": 2, "alpha": 2}} if method in ("swiftbrush", "dmd") else {}
-    student = distill(recipe(name, folders(name), method, tmp_path / "run", lora=lora))
+    config = recipe(name, folders(name), method, tmp_path / "run", lora=lora)
+    run = Run(config)
+    teacher, before = run.teacher.network, weights(run)
+    run.begin()
+    run.train()
+    assert all(torch.equal(*pair) for pair in zip(teacher.parameters(), before["teacher"], strict=True))
+    for role in ("student", *config.plan[0].method.roles):
+        pairs = zip(run.trainer.learners[role].parameters(), before[role], strict=True)
+        assert not all(torch.equal(*pair) for pair in pairs), role
+    student = run.finish()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     index = json.loads((folders(name) / "model_index.json").read_text())
     assert json.loads((student / "model_index.json").read_text())["_class_name"] == index["_class_name"]
+
+
+def weights(run: Run) -> dict[str, list[torch.Tensor]]:
+    networks = {"teacher": run.teacher.network, **run.trainer.learners}
+    return {role: [value.detach().clone() for value in network.parameters()] for role, network in networks.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("sd", "swiftbrush"), ("sd-v", "dmd"), ("sdxl", "tscd"), ("sd3", "freeflow"), ("pixart", "sid")),
+        *(("sana", "tbcm"), ("flux", "sid"), ("dit", "disback"), ("sit", "boot")),
+    ],
+)
+def test_a_resumed_run_of_every_family_is_the_uninterrupted_one(name, method, folders, cache, tmp_path):
+    config = recipe(name, folders(name), method, tmp_path / "run")
+    whole = Run(config)
+    whole.begin()
+    whole.train()
+    (*_, last) = sorted((tmp_path / "run/checkpoints").glob("step_*"))
+    shutil.rmtree(last)
+    resumed = Run(config.model_copy(update={"resume": True}))
+    resumed.resume()
+    assert resumed.trainer.progress.step == config.plan[0].steps - 1
+    resumed.train()
+    ended = weights(whole)
+    for role, values in weights(resumed).items():
+        assert all(torch.equal(*pair) for pair in zip(values, ended[role], strict=True)), role
+
+
+WITHOUT = """
+import json, sys, torch
+sys.modules["stepdistill"] = None
+from diffusers import DiffusionPipeline
+for folder, without, call in json.load(open(sys.argv[1])):
+    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(without))
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(1)
+    torch.save(torch.from_numpy(pipe(output_type="np", **call).images), folder + ".pt")
+"""
+
+
+def test_students_of_every_family_load_where_stepdistill_is_not(folders, cache, tmp_path):
+    """One process for all of them, in which importing stepdistill fails; images to 1e-5 of the sampler's."""
+    asks, expected = [], {}
+    for name in BUILD:
+        teacher = load_teacher(str(folders(name)), resolution=16 if "flux" in name else None)
+        ratio = INF if teacher.denoiser.target == "flow" else 2.5
+        method = SiD(steps=1 if name == "sit" else 2, renoising="ddim", init_ratio=ratio, input="unit")
+        sampler, student = method.sampler(teacher.denoiser.process), moved(teacher)
+        hosted = plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family)
+        cond, said = data_free(teacher, asked(teacher), torch.device("cpu")).cond([0]), call(name, teacher, 0)
+        told = {"class_labels": [3]} if name in CLASSES else {"prompt": [PROMPTS[0]]}
+        folder, shape = tmp_path / name, teacher.sample_shape
+        export(student, sampler, hosted, folder, shape=shape, cond=cond, host=Host(teacher, {**said, **told}))
+        steps = {"num_inference_steps": hosted.steps}
+        asks.append((str(folder), list(empty_parts(teacher.index)), {**said, **steps}))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            made = sampler(student, torch.randn(1, *shape), cond)
+        expected[name] = (Decoder(teacher)(made) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    (tmp_path / "asks.json").write_text(json.dumps(asks))
+    subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path / "asks.json")], check=True, capture_output=True)
+    for name, images in expected.items():
+        seen = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        torch.testing.assert_close(seen, images, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert images.std() > 0.01
 
 
 @pytest.mark.parametrize(
