@@ -36,7 +36,8 @@ from .lora import merged
 from .own_code import code_of, write_code
 from .process import NoiseProcess
 from .samplers import SampleNoise, StudentSampler
-from .teacher import DESCRIPTION, Teacher, components, pipeline_class
+from .sources import DESCRIPTION, components, pipeline_class
+from .teacher import Teacher
 
 
 @dataclass(frozen=True)

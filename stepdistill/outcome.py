@@ -24,8 +24,9 @@ from .hosting import Plan
 from .own_code import code_of
 from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
+from .sources import is_local
 from .styles import digits_of
-from .teacher import Teacher, is_local
+from .teacher import Teacher
 
 _PICTURE = "student.png"
 _SHOWN = 64

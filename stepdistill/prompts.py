@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import socket
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from .bundled import BUILTIN
 from .conditions import Cond, concatenate
 from .config import Column
 from .errors import UserError
+from .sources import components, pipeline_class
 from .styles import CAPTIONS
-from .teacher import Teacher, components, pipeline_class
+from .teacher import Teacher
 
 CACHE = Path(HF_HOME) / "stepdistill" / "prompts"
 """Where encoded prompts are kept, one file per text encoder and list of prompts."""
@@ -113,12 +115,29 @@ def _encode(
     family, config, size = teacher.family, teacher.network.config, teacher.picture_size
     assert family.encode is not None
     pipeline = _text_part(teacher, family, device)
+    _warn_of_long(pipeline, prompts)
     batches = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
     bar = tqdm(batches, desc="encode prompts", mininterval=1, disable=len(batches) < 2)
     made = concatenate(*[family.encode(pipeline, batch, config, size) for batch in bar])
     if family.null is None:
         return made, family.encode(pipeline, [negative or ""], config, size)
     return made, family.null(pipeline, negative, config, size)
+
+
+def _warn_of_long(pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: ANN401
+    """Say which prompts a tokenizer cuts, as stock pipelines do."""
+    for name, tokenizer in pipeline.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        most = tokenizer.model_max_length
+        counts = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+        long = [k for k, count in enumerate(counts) if count > most]
+        if long:
+            warnings.warn(
+                f"{len(long)} of {len(prompts)} prompts have more tokens than {name} reads ({most}); the rest of each "
+                f"is not seen. The first: {prompts[long[0]][:60]!r}, {counts[long[0]]} tokens",
+                stacklevel=3,
+            )
 
 
 def _text_part(teacher: Teacher, family: Family, device: torch.device | str) -> Any:  # noqa: ANN401

@@ -17,7 +17,7 @@ from . import __version__
 from .config import Config
 from .evaluation import Measurement
 from .images import to_picture, to_uint8
-from .teacher import is_local
+from .sources import is_local
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -23,8 +23,9 @@ from .hybrid import HybridSampler, trace_ode, trace_x0
 from .images import to_picture, to_uint8
 from .prompts import read_prompts
 from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
+from .sources import DESCRIPTION, read_index
 from .student import exported, few_step, one_step, recipe, teacher_of
-from .teacher import DESCRIPTION, load_teacher, read_index
+from .teacher import load_teacher
 
 Traces = Callable[[range], Tensor]
 """What the calls for the given ids predict, ``(B, K, C, H, W)`` in [-1, 1]; the last of the K is the sample."""

@@ -24,7 +24,8 @@ from .export import empty_parts
 from .process import NoiseProcess
 from .samplers import StudentSampler
 from .schedulers import read_scheduler
-from .teacher import DESCRIPTION, Teacher, load_teacher, read_index
+from .sources import DESCRIPTION, read_index
+from .teacher import Teacher, load_teacher
 
 
 class Exported(NamedTuple):

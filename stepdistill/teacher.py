@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 
-from .backbones import FAMILIES, Family
-from .bundled import BUILTIN, bundled
+from .backbones import Family
 from .conditions import Cond
 from .config import Data, Precision
 from .denoiser import Denoiser, Guidance
-from .errors import UserError, first_line
+from .errors import UserError
 from .process import VP
-from .schedulers import SUPPORTED, read_scheduler
-
-PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
-"""Pipeline classes that can be distilled."""
-
-DESCRIPTION = "stepdistill.json"
-"""How a student generates, beside its pipeline."""
-
-_OTHER_FORMATS = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.non_ema.*"]
-"""Files of a hub repository that repeat the weights; none of them is downloaded."""
+from .schedulers import read_scheduler
+from .sources import locate, part, read_index, read_json, whole
 
 
 @dataclass(frozen=True)
@@ -126,20 +113,20 @@ def load_teacher(
         UserError: nothing there, or a pipeline, network or scheduler that is not supported; raised from the
             settings files, before weights are downloaded or read.
     """
-    folder = _locate(source)
+    folder = locate(source)
     index, family = read_index(folder / "model_index.json", source)
     config = _config(folder, family, source)
     if reason := family.refuse(config):
         raise UserError(f"{source}: {reason}")
     scale = _pixels(folder, index, source)
     shape = _shape(family, config, resolution, scale)
-    _json(_part(folder, "scheduler") / "scheduler_config.json", source)
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(_part(folder, "scheduler"))
+    read_json(part(folder, "scheduler") / "scheduler_config.json", source)
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(part(folder, "scheduler"))
     reading = read_scheduler(scheduler, tokens=family.tokens(config, shape))
     if weights:
-        folder = _whole(source, folder, index)
+        folder = whole(source, folder, index)
         try:
-            network = family.network.from_pretrained(_part(folder, family.component), torch_dtype=getattr(torch, dtype))
+            network = family.network.from_pretrained(part(folder, family.component), torch_dtype=getattr(torch, dtype))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{source}: cannot read the weights in {family.component}/: {reason}") from None
@@ -162,7 +149,7 @@ def load_teacher(
 
 def _config(folder: Path, family: Family, source: str) -> dict[str, Any]:
     """The network's settings with every default, read without its weights."""
-    written = _json(_part(folder, family.component) / "config.json", source)
+    written = read_json(part(folder, family.component) / "config.json", source)
     try:
         with torch.device("meta"):
             return dict(family.network.from_config(written).config)
@@ -170,18 +157,11 @@ def _config(folder: Path, family: Family, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: cannot read {family.component}/config.json: {str(error).splitlines()[0]}") from None
 
 
-def _part(folder: Path, name: str) -> Path:
-    """Where the files of a component are: the first pipelines on the hub keep them beside ``model_index.json``."""
-    settings = "scheduler_config.json" if name == "scheduler" else "config.json"
-    beside = not (folder / name).is_dir() and (folder / settings).is_file()
-    return folder if beside else folder / name
-
-
 def _pixels(folder: Path, index: dict[str, Any], source: str) -> int:
     """Pixels of a picture per pixel of a sample."""
     if index.get("vae", [None, None])[1] is None:
         return 1
-    config = _json(folder / "vae" / "config.json", source)
+    config = read_json(folder / "vae" / "config.json", source)
     levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if levels is None:
         raise UserError(f"{source}: vae/config.json names no block_out_channels; this VAE is not supported")
@@ -199,99 +179,3 @@ def _shape(family: Family, config: dict[str, Any], resolution: int | None, scale
     if resolution % (scale * patch):
         raise UserError(f"data.resolution={resolution} must be a multiple of {scale * patch} for this teacher")
     return channels, resolution // scale, resolution // scale
-
-
-def _locate(source: str) -> Path:
-    """The local folder of ``source``; of a hub repository only its settings."""
-    if source.startswith(BUILTIN):
-        folder = bundled("assets") / f"{source.removeprefix(BUILTIN)}_teacher"
-        if not folder.is_dir():
-            names = ", ".join(f"{BUILTIN}{path.name.removesuffix('_teacher')}" for path in _bundled_teachers())
-            raise UserError(f"no bundled teacher {source!r}; bundled are {names}")
-        return folder
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is None:
-        raise UserError(f"teacher folder {source!r} does not exist")
-    try:
-        read_index(Path(hf_hub_download(source, "model_index.json")), source)
-        return Path(snapshot_download(source, allow_patterns=["*.json"]))
-    except (OSError, ValueError) as error:
-        raise _unreachable(source, error) from None
-
-
-def _whole(source: str, folder: Path, index: dict[str, Any]) -> Path:
-    """``folder`` with the weights of every component; they are downloaded where ``source`` is a hub id."""
-    if is_local(source):
-        return folder
-    patterns = ["model_index.json"]
-    for name, kind in components(index).items():
-        if kind:
-            patterns += [f"{name}/*"] if (folder / name).is_dir() else ["*config.json", "diffusion_pytorch_model*"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS))
-    except (OSError, ValueError) as error:
-        raise _unreachable(source, error) from None
-
-
-def is_local(source: str) -> bool:
-    """Whether ``source`` is bundled or a folder here, and no hub id."""
-    return source.startswith(BUILTIN) or Path(source).expanduser().is_dir()
-
-
-def components(index: dict[str, Any]) -> dict[str, str | None]:
-    """The parts of a pipeline and their classes; ``None`` for one that it was saved without."""
-    return {name: value[1] for name, value in index.items() if isinstance(value, list)}
-
-
-def pipeline_class(index: dict[str, Any]) -> type[DiffusionPipeline]:
-    """The stock class of a supported pipeline."""
-    return getattr(diffusers, index["_class_name"])
-
-
-def _unreachable(source: str, error: Exception) -> UserError:
-    if isinstance(error, UserError):
-        return error
-    return UserError(f"teacher {source!r} is no folder here, and the hub did not give it: {first_line(error)}")
-
-
-def _bundled_teachers() -> list[Path]:
-    return sorted(bundled("assets").glob("*_teacher"))
-
-
-def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
-    """``model_index.json`` and its family, refused unless pipeline, network and scheduler are supported."""
-    if not path.is_file():
-        raise UserError(f"{source} is not a diffusers pipeline: it has no model_index.json")
-    index = _json(path, source)
-    if isinstance(index.get("_class_name"), list):
-        index["_class_name"] = _behind(path.with_name(DESCRIPTION), source)
-    name = index.get("_class_name")
-    family = next((family for family in FAMILIES if name in family.pipelines), None)
-    if family is None:
-        raise UserError(f"pipeline {name} of {source} is not supported yet; supported are {', '.join(PIPELINES)}")
-    network, scheduler = (index.get(part, [None, None])[1] for part in (family.component, "scheduler"))
-    if network != family.network.__name__:
-        raise UserError(
-            f"network {network} of {source} is not supported yet; supported is {family.network.__name__} in {name}"
-        )
-    known = sorted(kind.__name__ for kind in SUPPORTED)
-    if scheduler not in known:
-        raise UserError(f"scheduler {scheduler} of {source} is not supported; supported are {', '.join(known)}")
-    return index, family
-
-
-def _behind(description: Path, source: str) -> str:
-    """The stock pipeline behind a student's own pipeline file; no code from elsewhere is ever run."""
-    stock = _json(description, source).get("stock") if description.is_file() else None
-    if not isinstance(stock, str):
-        raise UserError(f"{source} comes with pipeline code of its own, which is not run; give a stock pipeline")
-    return stock
-
-
-def _json(path: Path, source: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot read {path.parent.name}/{path.name}: {error}") from None

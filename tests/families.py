@@ -22,6 +22,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -165,6 +167,15 @@ def sd(prediction: str = "epsilon") -> Any:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def lcm() -> Any:
+    parts = sd().components
+    kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer")}
+    kept |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return LatentConsistencyModelPipeline(
+        **kept, unet=text_unet(time_cond_proj_dim=256), scheduler=LCMScheduler(**TABLE)
     )
 
 
@@ -320,6 +331,7 @@ def sit(*, inverted: bool) -> Any:
 BUILD = {
     "sd": sd,
     "sd-v": lambda: sd("v_prediction"),
+    "lcm": lcm,
     "sdxl": sdxl,
     "sd3": sd3,
     "sd3-without-t5": lambda: sd3(with_t5=False),

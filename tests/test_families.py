@@ -33,6 +33,7 @@ from stepdistill.export import DESCRIPTION, Host, empty_parts, export
 from stepdistill.hosting import plan
 from stepdistill.methods import SiD
 from stepdistill.samplers import ode_steps
+from stepdistill.sources import pipeline_class
 from stepdistill.teacher import Teacher, load_teacher
 
 PROMPTS = ("a cat", "two dogs")
@@ -81,7 +82,7 @@ def call(name: str, teacher: Teacher, k: int) -> dict[str, Any]:
     made |= {"class_labels": [(3, 7)[k]]} if name in CLASSES else {"prompt": PROMPTS[k]}
     if name in ("flux", "flux-schnell", "sana"):
         made |= {"height": teacher.picture_size, "width": teacher.picture_size}
-    return made | ({"guidance_scale": 1.0} if name == "flux" else {})
+    return made | ({"guidance_scale": 1.0} if teacher.embeds_guidance else {})
 
 
 def test_every_family_is_tested(folders):
@@ -114,7 +115,8 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     scale = scale or GUIDED.get(name, 2.5)
     data = data_free(teacher, asked(teacher, guidance_scale=scale), torch.device("cpu"))
     denoiser = teacher.guided(asked(teacher, guidance_scale=scale), data.null)
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty_parts(teacher.index))
+    kind = pipeline_class(teacher.index)
+    pipeline: Any = kind.from_pretrained(folder, **empty_parts(teacher.index))
     pipeline.set_progress_bar_config(disable=True)
     if name == "sit":
         pytest.skip("no stock pipeline runs it; its reading is compared with diffusers' scheduler in test_samplers.py")
@@ -201,7 +203,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tbcm": {"start_ratio": INF, "route_points": 3, "jvp": "finite"},
     "tscd": {"init_ratio": INF, "segments": [2, 1], "stage_steps": [1], "teacher_steps": 4},
 }
-TABLES = ("sd", "sd-v", "sdxl", "pixart", "dit")
+TABLES = ("sd", "sd-v", "lcm", "sdxl", "pixart", "dit")
 """Families whose noise enters early enough that an eps-network is not asked for what it cannot say."""
 
 
@@ -235,7 +237,7 @@ def recipe(name: str, folder: Path, method: str, out: Path, **training: Any) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd", "sd-v", "sdxl", "sd3", "pixart", "sana", "flux", "dit", "sit"])
+@pytest.mark.parametrize("name", ["sd", "sd-v", "lcm", "sdxl", "sd3", "pixart", "sana", "flux", "dit", "sit"])
 def test_every_method_distils_every_family(name, method, folders, cache, tmp_path, monkeypatch):
     """The whole job: train, export, and the check that the stock pipeline repeats the sampler."""
     monkeypatch.setattr(Teacher, "picture_steps", 2)
@@ -254,7 +256,8 @@ def test_every_method_distils_every_family(name, method, folders, cache, tmp_pat
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     index = json.loads((folders(name) / "model_index.json").read_text())
-    assert json.loads((student / "model_index.json").read_text())["_class_name"] == index["_class_name"]
+    wanted = "StableDiffusionPipeline" if name == "lcm" else index["_class_name"]
+    assert json.loads((student / "model_index.json").read_text())["_class_name"] == wanted
 
 
 def weights(run: Run) -> dict[str, list[torch.Tensor]]:

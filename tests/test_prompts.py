@@ -221,3 +221,9 @@ def test_sampling_a_teacher_and_its_student_with_prompts(teacher, folder, tmp_pa
     assert run("sample", student, "--out", tmp_path / "d", "--labels", 1) == 2
     assert run("sample", folder, "--out", tmp_path / "d", "--prompt", "a cat", "--guidance-scale=-1") == 2
     assert not (tmp_path / "d").exists()
+
+
+def test_prompts_that_a_tokenizer_cuts_are_counted_and_the_first_is_shown(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path)
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts have more tokens than tokenizer reads \(77\).*'xxxx"):
+        encode(teacher, ["a cat", "x" * 100], None)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from families import build
+from huggingface_hub.errors import GatedRepoError
 
+from stepdistill import sources
 from stepdistill.config import Data
 from stepdistill.data import data_free
 from stepdistill.errors import UserError
@@ -159,3 +162,30 @@ def test_dtype_of_noise_and_shape_follow_the_teacher(tmp_path):
     batch = data_free(teacher, Data(), torch.device("cpu")).batch(2)
     assert batch.noise.shape == (2, 3, 8, 16)
     assert batch.noise.dtype == torch.float32
+
+
+def test_a_component_that_the_folder_lacks_is_named_before_anything_is_trained(tmp_path):
+    folder = build("sd", tmp_path / "sd")
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(UserError, match="names text_encoder, which the folder lacks; complete it, or write"):
+        load_teacher(str(folder))
+
+
+def test_a_gated_model_is_said_to_be_gated(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)  # its constructor wants a response of the hub's client
+
+    monkeypatch.setattr(sources, "hf_hub_download", refuse)
+    with pytest.raises(UserError, match=r"it is gated; accept its terms at https://.*, then `hf auth"):
+        load_teacher("me/model")
+
+
+def test_a_component_with_code_of_its_own_is_never_run(teachers, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teachers(), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["evil", "EvilScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler/evil.py").write_text("raise SystemExit(1)")
+    with pytest.raises(UserError, match=r"scheduler EvilScheduler of .* is not supported"):
+        load_teacher(str(folder))

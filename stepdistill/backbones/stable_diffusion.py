@@ -1,4 +1,4 @@
-"""``UNet2DConditionModel``: Stable Diffusion 1.x, 2.x and XL."""
+"""``UNet2DConditionModel``: Stable Diffusion 1.x, 2.x and XL, LCM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
@@ -20,11 +20,17 @@ _ADDED = ("text_embeds", "time_ids")
 def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
     """``(B, 4, h, w)`` output at latents ``x`` and labels ``(B,)`` for ``encoder_hidden_states (B, L, D)``.
 
-    SDXL adds the pooled ``text_embeds (B, P)`` and the sizes ``time_ids (B, 6)``.
+    SDXL adds the pooled ``text_embeds (B, P)`` and the sizes ``time_ids (B, 6)``, LCM the ``guidance`` scale ``(B,)``.
     """
-    added = {key: cond[key] for key in _ADDED if key in cond}
-    text = cond["encoder_hidden_states"]
-    return network(x, label.float(), text, added_cond_kwargs=added or None, return_dict=False, **numbers(cond))[0]
+    told: dict[str, Any] = {**numbers(cond), "added_cond_kwargs": {key: cond[key] for key in _ADDED if key in cond}}
+    if "guidance" in cond:
+        told["timestep_cond"] = _scale_embedding(cond["guidance"]).to(x.dtype)
+    return network(x, label.float(), cond["encoder_hidden_states"], return_dict=False, **told)[0]
+
+
+def _scale_embedding(guidance: Tensor) -> Tensor:
+    """What the stock pipeline tells a network of scales ``(B,)``: sinusoids ``(B, 256)`` of ``1000 (scale - 1)``."""
+    return cast(Any, StableDiffusionPipeline).get_guidance_scale_embedding(None, guidance.float() - 1, 256)
 
 
 def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
@@ -62,6 +68,8 @@ def _refuse(config: Config) -> str | None:
         return f"the UNet maps {config['in_channels']} to {config['out_channels']} channels (inpainting, upscaling)"
     if config.get("addition_embed_type") not in (None, "text_time"):
         return f"addition_embed_type={config['addition_embed_type']!r}"
+    if config.get("time_cond_proj_dim") not in (None, 256):
+        return f"time_cond_proj_dim={config['time_cond_proj_dim']}; LCM's is 256"
     if config.get("class_embed_type") or config.get("num_class_embeds"):
         return "the UNet takes class embeddings beside the text"
     return None
@@ -73,8 +81,7 @@ def without_guidance(network: UNet2DConditionModel) -> UNet2DConditionModel:
 
     Stable Diffusion's pipelines guide by default (scale 7.5 or 5), but never a network that has such an embedding.
     """
-    if network.config["time_cond_proj_dim"] is not None:  # LCM's, which ``call`` has never told a scale
-        nn.init.zeros_(cast(nn.Linear, network.time_embedding.cond_proj).weight)
+    if network.config["time_cond_proj_dim"] is not None:  # LCM's, which is told the scale
         return network
     told = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(network.config, time_cond_proj_dim=256))
     missing, _ = told.load_state_dict(network.state_dict(), strict=False)
@@ -93,6 +100,7 @@ SD = Family(
     encode=_encode,
     told=_told,
     bottleneck=bottleneck,
+    embeds_guidance=lambda config: config["time_cond_proj_dim"] is not None,
     refuse=_refuse,
     hosted=without_guidance,
 )
