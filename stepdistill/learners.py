@@ -135,7 +135,7 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
     if training.attention:
         _check_attention(network, training.attention)
     if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
-        raise UserError("training.quantize_teacher needs torchao; pip install torchao")
+        raise UserError("training.quantize_teacher needs torchao; pip install stepdistill[quantize]")
     if training.lora and (training.quantize_teacher or training.offload_teacher):
         raise UserError(
             "training.quantize_teacher and training.offload_teacher are for a teacher whose memory nobody shares; "

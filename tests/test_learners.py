@@ -256,5 +256,5 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
 
 def test_torchao_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torchao"):
+    with pytest.raises(UserError, match="needs torchao; pip install"):
         check_learners(tiny_unet(), INT8, conditioned=False)
