@@ -265,6 +265,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.overrides += others
     try:
         code = _run(arguments, argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except (UserError, Diverged) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -62,3 +62,10 @@ def test_unknown_command_exits_with_2(capsys):
     code, printed = output(capsys, "destill")
     assert code == 2
     assert "distill" in printed.err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    asked = f"{sys.executable} -m stepdistill methods | head -n 1"
+    done = subprocess.run(asked, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("BOOT")
+    assert done.stderr == ""

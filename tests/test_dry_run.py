@@ -1,5 +1,6 @@
 """A dry run: every recipe at paper scale is accepted, and what it says of memory and operations is what happens."""
 
+import functools
 import importlib.util
 
 import architectures
@@ -96,6 +97,7 @@ def test_every_method_can_be_rehearsed(recipe, capsys):
 
 
 def test_memory_falls_as_the_settings_promise():
+    @functools.cache
     def needs(*overrides):
         config = parse(Config, "digits_sid", ["training.batch_size=64", *overrides])
         return rehearse(config.plan[0], config)

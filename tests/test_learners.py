@@ -22,7 +22,8 @@ from stepdistill.errors import UserError
 from stepdistill.learners import check_learners, optimizer_of, quantized, tune
 from stepdistill.teacher import Teacher, load_teacher
 
-RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and "text" not in name]
+OTHERS = ("digits_sid_long", "digits_text_sid", "digits_text_swiftbrush", "digits_text_sid_few_step")
+RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and name not in OTHERS]
 SMALL = [
     "training.batch_size=4",
     "training.trackers=[]",
@@ -62,9 +63,8 @@ def test_no_setting_of_memory_changes_a_method(recipe, teachers, tmp_path):
     compare(recipe, teachers("ddpm"), tmp_path, "training.gradient_checkpointing=true", "training.channels_last=true")
 
 
-@pytest.mark.parametrize("recipe", ["digits_sid", "digits_freeflow"])
-def test_compiled_networks_are_the_same_networks(recipe, teachers, tmp_path):
-    compare(recipe, teachers("ddpm"), tmp_path, "training.compile=aot_eager")
+def test_compiled_networks_are_the_same_networks(teachers, tmp_path):
+    compare("digits_sid", teachers("ddpm"), tmp_path, "training.compile=aot_eager")
 
 
 def compare(recipe, teacher, folder, *settings):
