@@ -7,7 +7,7 @@
     image = pipe("a fox").images[0]
 
 Where stock diffusers runs the student too, the folder loads as the stock pipeline without this file, and
-``custom_pipeline="STUDENT/student_v1_....py"`` asks for this one.
+``custom_pipeline="student_v1_..."``, this file's name, asks for this one.
 """
 
 import functools

@@ -152,7 +152,7 @@ class Denoiser:
         if guidance is None or guidance.only_conditional:
             output = self._called(x, label, cond)
         elif guidance.only_unconditional:
-            output = self._called(x, label, repeat(guidance.uncond, len(x)))
+            output = self._called(x, label, {**cond, **repeat(guidance.uncond, len(x))})
         else:
             output = self._guided(guidance, x, time, label, cond)
         return -output if self.negated else output
@@ -162,7 +162,7 @@ class Denoiser:
         inside = (time >= low) & (time <= high)
         assert guidance.scale is not None
         scale = broadcast(torch.where(inside, guidance.scale, 1.0), x)
-        null = repeat(guidance.uncond, len(x))
+        null = {**cond, **repeat(guidance.uncond, len(x))}
         if guidance.two_passes:
             uncond, conditional = self._called(x, label, null), self._called(x, label, cond)
         else:

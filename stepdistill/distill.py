@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import statistics
@@ -119,7 +120,9 @@ class Run:
             batches=self.data.batch,
             accelerator=Accelerator(),  # of the same state, without the networks of the stage before
             snapshots=OnDisk(
-                self.folder / "snapshots" / place, self.accelerator, partial(save_adapters, teacher=self.teacher)
+                self.folder / "snapshots" / place,
+                self.accelerator,
+                partial(save_adapters, teacher=self.teacher) if index == 0 else None,  # later ones rest on a student
             ),
             watch=self._watch,
         )
@@ -151,7 +154,7 @@ class Run:
         """
         for index in range(len(self.stages) - 1, 0, -1):
             if any((self.folder / "checkpoints" / f"stage_{index + 1}").glob("step_*")):
-                self._enter(index, None)
+                self._enter(index, copy.deepcopy(self.teacher.network))  # the checkpoint has its weights
                 break
         path, step = self.checkpoints.newest(free=() if processes else ("processes",))
         self.trainer.load(path)

@@ -18,6 +18,8 @@ from typing import Any, cast
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils import logging
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -157,7 +159,7 @@ def export_lora(
     teacher, component = host.teacher, host.teacher.family.component
     if hosted.scheduler is None or not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6):
         return False
-    pipeline: Any = DiffusionPipeline.from_pretrained(teacher.folder, **empty_parts(teacher.index))
+    pipeline: Any = pipeline_class(teacher.index).from_pretrained(teacher.folder, **empty_parts(teacher.index))
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_adapters(denoiser.network, temporary, teacher)
@@ -256,7 +258,11 @@ def _consent(folder: Path) -> dict[str, Any]:
 
 def _on_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
     """Copies for a comparison on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would."""
-    return replace(denoiser, network=on_cpu(denoiser.network)), {key: value.cpu() for key, value in cond.items()}
+    network = on_cpu(denoiser.network)
+    for module in network.modules():
+        if isinstance(module, AttentionModuleMixin):
+            cast(Any, module).set_attention_backend("native")  # a GPU's own would not run
+    return replace(denoiser, network=network), {key: value.cpu() for key, value in cond.items()}
 
 
 def _error_in_place(
@@ -277,7 +283,8 @@ def _error_in_place(
     for k in range(len(next(iter(cond.values())))):
         one = {key: value[k : k + 1] if isinstance(value, list) else value for key, value in call.items()}
         torch.manual_seed(k)
-        made = pipeline(output_type="np", **one).images
+        with attention_backend("native"):
+            made = pipeline(output_type="np", **one).images
         torch.manual_seed(k)
         noise, mine = torch.randn(1, *shape), {key: value[k : k + 1] for key, value in cond.items()}
         drawn = sampler(student, noise, mine, renoise=lambda: host.teacher.family.later_noise(shape))

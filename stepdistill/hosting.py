@@ -108,15 +108,16 @@ def plan(
     try:
         return _stock_plan(denoiser, sampler, classes=classes, family=family)
     except UserError as error:
-        if sampler.target_time is not None and len(sampler.times) > 1:
+        own = grid(denoiser, sampler)
+        fed = {own["start"], *(call["input"] for call in own["calls"])}
+        if (sampler.target_time is not None and len(sampler.times) > 1) or (fed != {1.0} and not family.scales_input):
             raise
         if not own_code:
             raise UserError(f"{error}; or set export.own_code=true, to load it with trust_remote_code=True") from None
     first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
     first = replace(first, input=1.0)  # the scheduler scales what the network is fed
     hosts = (ConsistencyModelPipeline, LCMScheduler()) if family is UNET2D else (None, None)
-    steps, own = len(sampler.times), grid(denoiser, sampler)
-    return Plan(*hosts, steps, first, first.output, first.label, own)
+    return Plan(*hosts, len(sampler.times), first, first.output, first.label, own)
 
 
 def _stock_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None, family: Family) -> Plan:

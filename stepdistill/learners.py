@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backbones.conditioned import Conditioned, time_embeddings
 from .config import Data, Optimizer, Stage, Training
-from .errors import UserError
+from .errors import UserError, first_line
 from .lora import add_lora
 from .teacher import Teacher
 
@@ -30,8 +30,8 @@ def networks(
 ) -> dict[str, nn.Module]:
     """What learns in ``stage``, by role; the student starts as ``student``, or as the teacher as the others do.
 
-    The student is also told the target time, where the method has one, and the guidance scale, where ``data`` has a
-    range that the network is not told already.
+    The student is also told the target time, where the method has one; every whole network that learns is told the
+    guidance scale, where ``data`` has a range that the network is not told already.
     """
     made: dict[str, nn.Module] = {}
     lora = cast(Training, stage.training).lora
@@ -42,8 +42,9 @@ def networks(
             continue
         network = copy.deepcopy(base).float()
         scale = data.scale if data and data.scales and not teacher.embeds_guidance else None
-        if role == "student" and (stage.method.two_times or scale is not None):
-            network = Conditioned(network, target=stage.method.two_times, scale=scale)
+        target = role == "student" and stage.method.two_times
+        if target or scale is not None:
+            network = Conditioned(network, target=target, scale=scale)
         made[role] = network.requires_grad_(True)
     return made
 
@@ -154,3 +155,7 @@ def _check_attention(network: nn.Module, backend: str) -> None:
         raise UserError(f"training.attention: no backend {backend!r}; there are {', '.join(names)}")
     if not any(isinstance(module, AttentionModuleMixin) for module in network.modules()):
         raise UserError(f"training.attention: {type(network).__name__} leaves no choice of attention; remove it")
+    try:
+        cast(Any, network).set_attention_backend(backend)
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise UserError(f"training.attention: {first_line(error)}") from None

@@ -88,9 +88,12 @@ class Outcome:
             if export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
                 source = self.teacher.folder if is_local(self.config.teacher) else Path(self.config.teacher)
                 kind, without = type(hosted.scheduler).__name__, empty_parts(self.teacher.index)
-                component = None if reads_adapters(self.teacher) else self.teacher.family.component
+                told = {
+                    "pipeline": self.teacher.index["_class_name"],
+                    "component": None if reads_adapters(self.teacher) else self.teacher.family.component,
+                }
                 lines, use = (
-                    usage_of_adapters(place, source, kind, hosted.steps, host.call, without, component=component)
+                    usage_of_adapters(place, source, kind, hosted.steps, host.call, without, **told)
                     for place in (folder, Path(PLACE))
                 )
                 shutil.copyfile(self.folder / _PICTURE, folder / _PICTURE)

@@ -146,7 +146,13 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
 def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
     training, method = cast(Training, stage.training), stage.method
     ranged = config.data.scales is not None and not teacher.embeds_guidance
-    check_learners(teacher.network, training, conditioned=method.two_times or ranged)
+    told = ranged and not {"student", *method.roles} <= set(training.lora)
+    check_learners(teacher.network, training, conditioned=method.two_times or told)
+    if ranged and (method.frozen_roles or set(method.roles) & set(training.lora)):
+        raise UserError(
+            f"data.guidance_scale: the other network of {method.name} must be told the scale that a sample drew, which "
+            "adapters and networks that a method goes back to cannot be; give one scale"
+        )
     for shared in ("teacher_dtype", "quantize_teacher", "offload_teacher", "attention"):
         if training.model_dump()[shared] != config.training.model_dump()[shared]:
             raise UserError(f"the stages share one teacher; set training.{shared} of the run alone")

@@ -9,6 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ def _warn_of_long(pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: ANN40
     for name, tokenizer in pipeline.components.items():
         if not name.startswith("tokenizer") or tokenizer is None:
             continue
-        most = tokenizer.model_max_length
+        most, told = tokenizer.model_max_length, signature(pipeline.encode_prompt).parameters.get("max_sequence_length")
+        if told is not None and "CLIP" not in type(tokenizer).__name__:
+            most = min(most, told.default)
         counts = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
         long = [k for k, count in enumerate(counts) if count > most]
         if long:

@@ -145,6 +145,7 @@ def usage_of_adapters(
     call: dict[str, Any],
     without: Iterable[str],
     *,
+    pipeline: str,
     component: str | None,
 ) -> str:
     """The lines of Python that use a student's adapters in the teacher's pipeline.
@@ -156,9 +157,10 @@ def usage_of_adapters(
         steps: network calls.
         call: what a call says beside them.
         without: components that loading must be told to do without.
+        pipeline: its class.
         component: the network's place in a pipeline that has no ``load_lora_weights``.
     """
-    start, place = f"from diffusers import DiffusionPipeline, {scheduler}", folder.as_posix()
+    start, place = f"from diffusers import {scheduler}, {pipeline}", folder.as_posix()
     load = [f'pipe.load_lora_weights("{place}")']
     if component is not None:
         start += "\nfrom peft import PeftModel"
@@ -167,7 +169,7 @@ def usage_of_adapters(
     return "\n".join(
         [
             start,
-            _loading(teacher, without),
+            _loading(teacher, without).replace("DiffusionPipeline", pipeline),
             *load,
             f'pipe.scheduler = {scheduler}.from_pretrained("{folder.as_posix()}", subfolder="scheduler")',
             *_calling(steps, call),

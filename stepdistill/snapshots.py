@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .backbones.conditioned import Conditioned
 from .denoiser import Denoiser
 from .errors import UserError
-from .lora import is_adapted, plain_weights
+from .lora import is_adapted, merged, plain_weights
 
 
 class Remembered:
@@ -62,7 +65,9 @@ class OnDisk:
         self.accelerator.wait_for_everyone()
 
     def publish(self, name: str, net: Denoiser) -> None:
-        """Write the adapters of ``net`` to the folder ``name``; a network without any is kept whole."""
+        """Write the adapters of ``net`` to the folder ``name``; a network without any is kept whole, as a stock one."""
+        if isinstance(net.network, Conditioned):
+            net = replace(net, network=cast(Conditioned, merged(net.network)).folded())
         if self.save_adapters is None or not is_adapted(net.network):
             self.keep(name, net)
             return

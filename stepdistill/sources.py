@@ -23,8 +23,11 @@ PIPELINES = (*(name for family in FAMILIES for name in family.pipelines), "Laten
 DESCRIPTION = "stepdistill.json"
 """How a student generates, beside its pipeline."""
 
-_OTHER_FORMATS = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.non_ema.*"]
-"""Files of a hub repository that repeat the weights; none of them is downloaded."""
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion", "stable_diffusion_xl")
+"""Where the classes of components may come from; the last two are diffusers' names for a safety checker."""
+
+_OTHER_FORMATS = ["*.py", "*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "*.h5", "*.fp16.*", "*.non_ema.*"]
+"""Files of a hub repository that repeat the weights, and code; none of them is downloaded."""
 
 
 def locate(source: str) -> Path:
@@ -96,6 +99,9 @@ def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
     index = read_json(path, source)
     if isinstance(index.get("_class_name"), list):
         index["_class_name"] = _behind(path.with_name(DESCRIPTION), source)
+    foreign = [value[0] for value in index.values() if isinstance(value, list) and value[0] not in (None, *_LIBRARIES)]
+    if foreign:
+        raise UserError(f"{source} has parts by code of its own ({', '.join(map(str, foreign))}), which is not run")
     if index.get("_class_name") == "LatentConsistencyModelPipeline":
         index["_class_name"] = "StableDiffusionPipeline"  # the same parts, under any scheduler
     name = index.get("_class_name")
@@ -111,6 +117,12 @@ def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
     if scheduler not in known:
         raise UserError(f"scheduler {scheduler} of {source} is not supported; supported are {', '.join(known)}")
     return index, family
+
+
+def has_code(folder: Path) -> bool:
+    """Whether a pipeline file of the folder's own is what loading it runs."""
+    path = folder / "model_index.json"
+    return path.is_file() and isinstance(read_json(path, str(folder)).get("_class_name"), list)
 
 
 def _behind(description: Path, source: str) -> str:

@@ -24,7 +24,7 @@ from .export import empty_parts
 from .process import NoiseProcess
 from .samplers import StudentSampler
 from .schedulers import read_scheduler
-from .sources import DESCRIPTION, read_index
+from .sources import DESCRIPTION, has_code, read_index
 from .teacher import Teacher, load_teacher
 
 
@@ -50,7 +50,7 @@ def exported(source: str, device: torch.device, *, trust_remote_code: bool = Fal
         raise UserError(f"{source}/{DESCRIPTION} is not what an export writes: {error!r}") from None
     try:
         index, _ = read_index(Path(source) / "model_index.json", source)
-        consent = {"trust_remote_code": True} if written.get("sole") else {}
+        consent = {"trust_remote_code": True} if has_code(Path(source)) else {}
         if consent and not trust_remote_code:
             raise UserError(f"{source} runs by a pipeline file of its own; read it, then say --trust-remote-code")
         pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(index), **consent).to(device)
@@ -116,7 +116,8 @@ def teacher_of(source: str, given: str | None, device: torch.device) -> tuple[Te
         raise error if given else UserError(f"{error}; {source}/README.md names it, --teacher gives another") from None
     teacher.network.to(device)  # type: ignore[arg-type]
     try:
-        return teacher, teacher.guided(Data(**told.get("data", {})))
+        data = Data(**told.get("data", {}))
+        return teacher, teacher.guided(data.model_copy(update={"guidance_scale": data.scale}))
     except (TypeError, ValueError) as error:
         raise UserError(f"the recipe in {source}/README.md: {str(error).splitlines()[0]}") from None
 

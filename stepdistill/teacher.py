@@ -18,7 +18,7 @@ from .denoiser import Denoiser, Guidance
 from .errors import UserError
 from .process import VP
 from .schedulers import read_scheduler
-from .sources import locate, part, read_index, read_json, whole
+from .sources import has_code, locate, part, read_index, read_json, whole
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ def load_teacher(
             settings files, before weights are downloaded or read.
     """
     folder = locate(source)
+    if has_code(folder):
+        raise UserError(f"{source} comes with pipeline code of its own, which is not run; give a stock pipeline")
     index, family = read_index(folder / "model_index.json", source)
     config = _config(folder, family, source)
     if reason := family.refuse(config):

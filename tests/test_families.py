@@ -17,6 +17,7 @@ from diffusers import (
     DiffusionPipeline,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
 )
 from families import BUILD, build
 from peft import PeftModel
@@ -24,6 +25,7 @@ from peft import PeftModel
 from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.backbones import FAMILIES
+from stepdistill.backbones.stable_diffusion import _scale_embedding
 from stepdistill.config import Config, Data
 from stepdistill.data import data_free
 from stepdistill.decoder import Decoder
@@ -374,3 +376,9 @@ def test_the_students_of_tscds_stages_are_published_as_adapters(name, folders, c
         assert pipeline.get_list_adapters() == {"unet": ["default_0"]}
     else:
         PeftModel.from_pretrained(pipeline.transformer, str(kept[0]))
+
+
+def test_lcms_network_is_told_its_scale_as_the_stock_pipeline_tells_it():
+    scales: Any = torch.tensor([1.0, 4.5, 8.0])
+    stock: Any = StableDiffusionPipeline
+    torch.testing.assert_close(_scale_embedding(scales), stock.get_guidance_scale_embedding(None, scales - 1, 256))

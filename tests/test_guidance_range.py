@@ -24,6 +24,7 @@ from stepdistill.distill import Run, distill
 from stepdistill.errors import UserError
 from stepdistill.process import VP
 from stepdistill.recipe import parse
+from stepdistill.sample import sample
 from stepdistill.teacher import Teacher, load_teacher
 
 TABLE = VP(torch.linspace(0.999, 0.01, 100).double())
@@ -110,6 +111,8 @@ def test_every_method_learns_a_range_and_is_exported_at_its_middle(method, teach
     run.begin()
     run.train()
     student: Any = run.trainer.student
+    fakes = [net.network for role, net in run.trainer.frozen.items() if role == "fake"]
+    assert all(isinstance(fake, Conditioned) for fake in fakes), "what follows the student must know the scale"
     assert student.embeddings["guidance_scale"].linear_2.weight.abs().max() > 0
     assert (run.finish() / "model_index.json").is_file()
 
@@ -162,3 +165,38 @@ def test_ranges_that_are_none_are_refused(scales, teachers, tmp_path):
 def test_a_conditioned_network_is_copied_whole():
     told = Conditioned(tiny_unet(), target=True, scale=2.5)
     assert copy.deepcopy(told).scale == 2.5
+
+
+@torch.no_grad()
+def test_a_guided_network_that_is_told_scales_is_told_them_in_both_halves():
+    told: Any = Conditioned(tiny_unet(num_class_embeds=4), target=False, scale=4.0).eval()
+    torch.nn.init.normal_(told.embeddings["guidance_scale"].linear_2.weight, std=0.5)
+    fake = replace(guided(2.0), network=told, told_scale=True)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.6]), torch.tensor([0, 1])
+    cond = {"class_labels": labels, "guidance_scale": torch.tensor([1.0, 9.0])}
+    bare = replace(fake, guidance=None)
+    null = {**cond, "class_labels": torch.tensor([3, 3])}
+    outside = bare(x, t, null).x0 + 2.0 * (bare(x, t, cond).x0 - bare(x, t, null).x0)
+    torch.testing.assert_close(fake(x, t, cond).x0, outside, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [({"name": "swiftbrush", "init_ratio": 5.0}, ["fake"]), ({"name": "disback", "method": {"name": "sid"}}, [])],
+)
+def test_a_range_whose_other_network_cannot_be_told_is_refused(method, lora, teachers, tmp_path):
+    asked = {"class_labels": [0, 1], "null_label": 3, "guidance_scale": [1.0, 5.0]}
+    values = recipe(teachers("consistency"), tmp_path / "run", method, **asked).model_dump(mode="json")
+    values["training"]["lora"] = {role: {"rank": 2, "targets": ["to_q"]} for role in lora}
+    values["steps"] = 2000
+    with pytest.raises(UserError, match="must be told the scale that a sample drew"):
+        distill(Config.model_validate(values))
+
+
+def test_a_hybrid_of_a_student_of_a_range_takes_the_middle(teachers, tmp_path):
+    asked = {"class_labels": [0, 1], "null_label": 3, "guidance_scale": [1.0, 5.0]}
+    student = distill(
+        recipe(teachers("consistency"), tmp_path / "run", {"name": "sid", "steps": 2, "input": "unit"}, **asked)
+    )
+    sample(str(student), tmp_path / "images", count=2, labels=(0, 1), teacher_first=1)
+    assert len(list((tmp_path / "images").iterdir())) == 2

@@ -258,3 +258,9 @@ def test_torchao_is_asked_for_by_name(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs torchao; pip install"):
         check_learners(tiny_unet(), INT8, conditioned=False)
+
+
+def test_an_attention_backend_that_is_not_installed_is_said_so(tmp_path):
+    teacher = load_teacher(str(build("flux", tmp_path / "flux")), resolution=16, weights=False)
+    with pytest.raises(UserError, match=r"training.attention: .*not usable"):
+        check_learners(teacher.network, Training(attention="sage"), conditioned=False)

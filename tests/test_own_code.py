@@ -24,6 +24,7 @@ from stepdistill.distill import distill
 from stepdistill.errors import UserError
 from stepdistill.export import export
 from stepdistill.hosting import plan
+from stepdistill.methods import SiD
 from stepdistill.own_code import code_of
 from stepdistill.process import VE, VP, Flow, NoiseProcess
 from stepdistill.sample import sample
@@ -136,7 +137,15 @@ def test_plain_calls_of_every_family_are_right(name, tmp_path, monkeypatch, caps
         assert len(list((tmp_path / "images").iterdir())) == 2
 
 
-def test_a_teacher_with_code_of_its_own_is_refused(teachers, tmp_path):
+def test_a_pipeline_that_does_not_scale_its_input_is_refused_before_training(tmp_path):
+    teacher = load_teacher(str(build("sd3", tmp_path / "sd3")))
+    sampler = SiD().sampler(teacher.denoiser.process)
+    with pytest.raises(UserError, match=r"set method\.input=unit"):
+        plan(teacher.denoiser, sampler, classes=None, family=teacher.family, own_code=True)
+
+
+@pytest.mark.parametrize("description", [None, {"stock": "DDPMPipeline", "sole": False}])
+def test_a_teacher_with_code_of_its_own_is_refused(description, teachers, tmp_path):
     folder = tmp_path / "teacher"
     folder.mkdir()
     for path in Path(teachers()).iterdir():
@@ -145,5 +154,7 @@ def test_a_teacher_with_code_of_its_own_is_refused(teachers, tmp_path):
     (folder / "model_index.json").unlink()
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["evil", "Pipeline"]}))
     (folder / "evil.py").write_text("raise SystemExit(1)")
+    if description:
+        (folder / "stepdistill.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="pipeline code of its own, which is not run"):
         load_teacher(str(folder))

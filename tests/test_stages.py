@@ -8,7 +8,11 @@ import yaml
 from diffusers import DDPMScheduler
 from test_distill import metrics, run, same, student_weights
 
+from stepdistill.config import Config
+from stepdistill.distill import Run
 from stepdistill.process import VP
+from stepdistill.recipe import parse
+from stepdistill.teacher import load_teacher
 
 LINEAR = VP(DDPMScheduler().alphas_cumprod.double())
 SID = {"name": "sid", "init_ratio": 1.0, "input": "unit"}
@@ -169,3 +173,18 @@ def test_backtracking_resumes_exactly_while_a_kept_network_teaches(teachers, tmp
     shutil.rmtree(folder / "student")
     assert run("resume=true", config=config) == 0
     assert same(student_weights(folder), whole)
+
+
+def test_a_later_stage_of_adapters_is_resumed_without_touching_the_teacher(teachers, tmp_path):
+    """The checkpoint holds the weights that the adapters rest on, which are an earlier student's."""
+    lora = {"student": {"rank": 2, "targets": ["to_q", "to_k"]}}
+    second = {"method": DMD, "steps": 2, "training": {"batch_size": 4, "lora": lora, "checkpoint_every": 1}}
+    file = recipe(tmp_path, teachers(), stages=[{"method": SID, "steps": 2}, second])
+    assert run(config=file) == 0
+    resumed = Run(parse(Config, str(tmp_path / "run/config.yaml"), ["resume=true"]))
+    resumed.resume()
+    assert resumed.index == 1
+    for mine, given in zip(
+        resumed.teacher.network.parameters(), load_teacher(str(teachers())).network.parameters(), strict=True
+    ):
+        assert torch.equal(mine, given)

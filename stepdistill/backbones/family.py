@@ -61,6 +61,8 @@ class Family:
     """Whether the network is told a guidance scale, instead of being called twice."""
     refuse: Callable[[Config], str | None] = lambda config: None
     """Why a network of this class cannot be distilled; ``None`` if it can."""
+    scales_input: bool = True
+    """Whether its pipelines let their scheduler scale what the network is fed."""
     hosted: Callable[[Any], Any] = lambda network: network
     """The network as its stock pipeline runs it without guiding of its own."""
     usual_size: int | None = None

@@ -84,5 +84,6 @@ FLUX = Family(
     output="proj_out",
     encode=_encode,
     told=_told,
+    scales_input=False,
     embeds_guidance=lambda config: config["guidance_embeds"],
 )

@@ -59,6 +59,7 @@ SANA = Family(
     output="proj_out",
     encode=_encode,
     told=_told,
+    scales_input=False,
     null=_null,
     refuse=lambda config: "guidance_embeds (Sana-Sprint) is not supported yet" if config["guidance_embeds"] else None,
     usual_size=1024,

@@ -47,5 +47,6 @@ SD3 = Family(
     output="proj_out",
     encode=_encode,
     told=_told,
+    scales_input=False,
     arguments={"guidance_scale": 1.0},
 )

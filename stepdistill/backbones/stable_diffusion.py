@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
@@ -30,7 +31,9 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
 
 def _scale_embedding(guidance: Tensor) -> Tensor:
     """What the stock pipeline tells a network of scales ``(B,)``: sinusoids ``(B, 256)`` of ``1000 (scale - 1)``."""
-    return cast(Any, StableDiffusionPipeline).get_guidance_scale_embedding(None, guidance.float() - 1, 256)
+    powers = torch.arange(128, device=guidance.device, dtype=torch.float32) / 127
+    angles = 1000 * (guidance.float() - 1)[:, None] * torch.exp(-math.log(10_000.0) * powers)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _encode(pipeline: Any, prompts: Sequence[str], config: Config, size: int) -> Cond:  # noqa: ANN401
