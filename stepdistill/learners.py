@@ -135,13 +135,13 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         )
     if training.attention:
         _check_attention(network, training.attention)
-    if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
-        raise UserError("training.quantize_teacher needs torchao; pip install stepdistill[quantize]")
     if training.lora and (training.quantize_teacher or training.offload_teacher):
         raise UserError(
             "training.quantize_teacher and training.offload_teacher are for a teacher whose memory nobody shares; "
             f"adapters rest on it: remove training.lora of {', '.join(training.lora)}, or set teacher_dtype=bfloat16"
         )
+    if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
+        raise UserError("training.quantize_teacher needs torchao; pip install stepdistill[quantize]")
     if training.gradient_checkpointing and conditioned and len(time_embeddings(network)) > 1:
         raise UserError(
             "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "

@@ -31,8 +31,8 @@ def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
 
 def _scale_embedding(guidance: Tensor) -> Tensor:
     """What the stock pipeline tells a network of scales ``(B,)``: sinusoids ``(B, 256)`` of ``1000 (scale - 1)``."""
-    powers = torch.arange(128, device=guidance.device, dtype=torch.float32) / 127
-    angles = 1000 * (guidance.float() - 1)[:, None] * torch.exp(-math.log(10_000.0) * powers)
+    rates = torch.exp(torch.arange(128, device=guidance.device, dtype=torch.float32) * -(math.log(10_000.0) / 127))
+    angles = ((guidance.float() - 1) * 1000)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
