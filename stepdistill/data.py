@@ -81,19 +81,24 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
     Raises:
         UserError: see ``check_conditions``.
     """
-    prompts = check_conditions(teacher, data)
+    prompts, scales = check_conditions(teacher, data), scales_drawn(teacher, data)
     if prompts is None:
         labels = class_labels(teacher.source, teacher.classes, data, teacher.family.null_label)
-        return replace(draws(teacher.sample_shape, labels, device), scales=scales_drawn(teacher, data))
+        return replace(draws(teacher.sample_shape, labels, device), scales=scales)
     distinct = list(dict.fromkeys(prompts))
     place = {prompt: row for row, prompt in enumerate(distinct)}
     table, null = encode(teacher, distinct, data.negative_prompt, device=device)
     if teacher.embeds_guidance:
         table = {**table, "guidance": torch.full((len(distinct),), data.scale)}
-    null = {key: value.to(device) for key, value in null.items()}
-    order = torch.tensor([place[prompt] for prompt in prompts])
-    scales = scales_drawn(teacher, data)
-    return DataFree(teacher.sample_shape, device, table, order, null, tuple(distinct), scales)
+    return DataFree(
+        teacher.sample_shape,
+        device,
+        table,
+        order=torch.tensor([place[prompt] for prompt in prompts]),
+        null={key: value.to(device) for key, value in null.items()},
+        prompts=tuple(distinct),
+        scales=scales,
+    )
 
 
 def scales_drawn(teacher: Teacher, data: Data) -> tuple[str, float, float] | None:

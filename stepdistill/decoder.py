@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoModel
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .teacher import Teacher
 
 _BATCH = 16
@@ -40,6 +40,6 @@ class Decoder:
             try:
                 self._vae = AutoModel.from_pretrained(str(self.teacher.folder), subfolder="vae").eval()
             except (OSError, ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 raise UserError(f"{self.teacher.source}: cannot read its VAE: {reason}") from None
         return self._vae

@@ -35,7 +35,7 @@ from .decoder import Decoder
 from .denoiser import Denoiser
 from .hosting import Plan
 from .lora import merged
-from .own_code import code_of, write_code
+from .own_code import code_of, runs_own_code, write_code
 from .process import NoiseProcess
 from .samplers import SampleNoise, StudentSampler
 from .sources import DESCRIPTION, components, pipeline_class
@@ -276,7 +276,7 @@ def _error_in_place(
     """Sample by sample: some stock pipelines draw the noise of later steps from torch's global generator."""
     decode, worst = Decoder(host.teacher), 0.0
     call: dict[str, Any] = {"num_inference_steps": len(sampler.times), **host.call}
-    if type(pipeline).__module__.startswith("diffusers_modules"):  # the student's own, which knows what to say
+    if runs_own_code(pipeline):  # which knows what to say
         call = {key: value for key, value in call.items() if isinstance(value, list)}
     if "safety_checker" in pipeline.components:  # it would blacken what is compared
         pipeline.safety_checker = None

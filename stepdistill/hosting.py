@@ -25,12 +25,13 @@ from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .denoiser import Denoiser
 from .errors import UserError
-from .own_code import grid
 from .process import VP, Flow
 from .samplers import StudentSampler
 
 if TYPE_CHECKING:
     from diffusers import FlowMapEulerDiscreteScheduler
+
+_ONE = torch.ones(1, 1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,33 @@ class OneStepMap:
 def one_step_map(denoiser: Denoiser, sampler: StudentSampler) -> OneStepMap:
     """The linear map of a one-step student, read off the sampler itself with a network that returns a constant."""
     seen, sampler = [], replace(sampler, clip_sample=False)
-
-    def constant(value: float) -> Denoiser:
-        def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
-            seen.append((x.item(), label.item()))
-            return torch.full_like(x, value)
-
-        return replace(denoiser, call=call)
-
-    one = torch.ones(1, 1, dtype=torch.float64)
-    direct = sampler(constant(0.0), one).item()
-    output = sampler(constant(1.0), 0 * one).item()
+    direct = sampler(_constant(denoiser, 0.0, seen), _ONE).item()
+    output = sampler(_constant(denoiser, 1.0, seen), 0 * _ONE).item()
     return OneStepMap(direct=direct, output=output, input=seen[0][0], label=seen[0][1])
+
+
+def _constant(denoiser: Denoiser, value: float, seen: list[tuple[float, float]]) -> Denoiser:
+    """``denoiser`` with a network that returns ``value``, and notes in ``seen`` the state and label it is given."""
+
+    def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+        seen.append((x.item(), label.item()))
+        return torch.full_like(x, value)
+
+    return replace(denoiser, call=call)
+
+
+def _grid(denoiser: Denoiser, sampler: StudentSampler) -> dict[str, Any]:
+    """The settings of ``pipelines/student_v1.py``'s scheduler: what every call does, read off the denoiser."""
+    process, calls = denoiser.process, []
+    for time in sampler.times:
+        t, seen = torch.tensor([time], dtype=torch.float64), []
+        skip = _constant(denoiser, 0.0, seen)(_ONE, t).x0.item()
+        output = _constant(denoiser, 1.0, seen)(0 * _ONE, t).x0.item()
+        fed, label = seen[0]
+        alpha, sigma = process.alpha(t).item(), process.sigma(t).item()
+        calls.append({"label": label, "alpha": alpha, "sigma": sigma, "input": fed, "skip": skip, "output": output})
+    start = process.student_input(_ONE, torch.tensor(sampler.times[:1], dtype=torch.float64), sampler.input).item()
+    return {"calls": calls, "start": start, "renoising": sampler.renoising, "clip_sample": sampler.clip_sample}
 
 
 @dataclass(frozen=True)
@@ -105,23 +121,24 @@ def plan(
     Raises:
         UserError: stock diffusers has no place for this student.
     """
+    first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
     try:
-        return _stock_plan(denoiser, sampler, classes=classes, family=family)
+        return _stock_plan(denoiser, sampler, first, classes=classes, family=family)
     except UserError as error:
-        own = grid(denoiser, sampler)
+        own = _grid(denoiser, sampler)
         fed = {own["start"], *(call["input"] for call in own["calls"])}
         if (sampler.target_time is not None and len(sampler.times) > 1) or (fed != {1.0} and not family.scales_input):
             raise
         if not own_code:
             raise UserError(f"{error}; or set export.own_code=true, to load it with trust_remote_code=True") from None
-    first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
     first = replace(first, input=1.0)  # the scheduler scales what the network is fed
     hosts = (ConsistencyModelPipeline, LCMScheduler()) if family is UNET2D else (None, None)
     return Plan(*hosts, len(sampler.times), first, first.output, first.label, own)
 
 
-def _stock_plan(denoiser: Denoiser, sampler: StudentSampler, *, classes: int | None, family: Family) -> Plan:
-    first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+def _stock_plan(
+    denoiser: Denoiser, sampler: StudentSampler, first: OneStepMap, *, classes: int | None, family: Family
+) -> Plan:
     make = _one_step_plan if len(sampler.times) == 1 else _few_step_plan
     scaled = not math.isclose(first.input, 1.0, rel_tol=1e-12)
     if family is UNET2D:

@@ -25,9 +25,7 @@ from .teacher import Teacher
 _OWN = {"adam": "torch.optim.Adam", "adamw": "torch.optim.AdamW"}
 
 
-def networks(
-    stage: Stage, teacher: Teacher, data: Data | None = None, student: nn.Module | None = None
-) -> dict[str, nn.Module]:
+def networks(stage: Stage, teacher: Teacher, data: Data, student: nn.Module | None = None) -> dict[str, nn.Module]:
     """What learns in ``stage``, by role; the student starts as ``student``, or as the teacher as the others do.
 
     The student is also told the target time, where the method has one; every whole network that learns is told the
@@ -35,13 +33,13 @@ def networks(
     """
     made: dict[str, nn.Module] = {}
     lora = cast(Training, stage.training).lora
+    scale = data.scale if data.scales and not teacher.embeds_guidance else None
     for role in ("student", *stage.method.roles):
         base = student if role == "student" and student is not None else teacher.network
         if role in lora:
             made[role] = add_lora(base, lora[role], role)
             continue
         network = copy.deepcopy(base).float()
-        scale = data.scale if data and data.scales and not teacher.embeds_guidance else None
         target = role == "student" and stage.method.two_times
         if target or scale is not None:
             network = Conditioned(network, target=target, scale=scale)

@@ -153,9 +153,10 @@ def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
             f"data.guidance_scale: the other network of {method.name} must be told the scale that a sample drew, which "
             "adapters and networks that a method goes back to cannot be; give one scale"
         )
-    for shared in ("teacher_dtype", "quantize_teacher", "offload_teacher", "attention"):
-        if training.model_dump()[shared] != config.training.model_dump()[shared]:
-            raise UserError(f"the stages share one teacher; set training.{shared} of the run alone")
+    shared = {"teacher_dtype", "quantize_teacher", "offload_teacher", "attention"}
+    run = config.training.model_dump(include=shared)
+    if apart := [key for key, value in training.model_dump(include=shared).items() if value != run[key]]:
+        raise UserError(f"the stages share one teacher; set training.{apart[0]} of the run alone")
     if training.quantize_teacher and method.frozen_roles:
         raise UserError(f"training.quantize_teacher: {method.name} goes back to whole networks; remove it")
     roles = {"student", *method.roles}

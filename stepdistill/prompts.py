@@ -26,7 +26,7 @@ from .backbones import Family
 from .bundled import BUILTIN
 from .conditions import Cond, concatenate
 from .config import Column
-from .errors import UserError
+from .errors import UserError, first_line
 from .sources import components, pipeline_class
 from .styles import CAPTIONS
 from .teacher import Teacher
@@ -71,7 +71,7 @@ def _column(source: Column) -> list[str]:
     try:
         texts = datasets.load_dataset(source.dataset, split=source.split)[source.column]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"data.prompts: cannot read {source.dataset}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"data.prompts: cannot read {source.dataset}: {first_line(error)}") from None
     wrong = next((k for k, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
         raise UserError(f"data.prompts: row {wrong} of column {source.column} of {source.dataset} is no text")
@@ -163,7 +163,7 @@ def _text_part(teacher: Teacher, family: Family, device: torch.device | str) -> 
                 part.to(device)
         return pipeline
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{teacher.source}: cannot read its tokenizer or text encoder: {reason}") from None
 
 

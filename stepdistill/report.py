@@ -121,9 +121,11 @@ def usage(
     return own if sole else f"{plain}\n\n# or with its own defaults, which are code in its folder:\n{own}"
 
 
-def _loading(folder: Path, without: Iterable[str], consent: Iterable[str] = ()) -> str:
+def _loading(
+    folder: Path, without: Iterable[str], consent: Iterable[str] = (), pipeline: str = "DiffusionPipeline"
+) -> str:
     source = ", ".join([f'"{folder.as_posix()}"', *consent, *(f"{name}=None" for name in without)])
-    return f"pipe = DiffusionPipeline.from_pretrained({source})"
+    return f"pipe = {pipeline}.from_pretrained({source})"
 
 
 def _calling(steps: int | None, call: dict[str, Any]) -> list[str]:
@@ -169,9 +171,9 @@ def usage_of_adapters(
     return "\n".join(
         [
             start,
-            _loading(teacher, without).replace("DiffusionPipeline", pipeline),
+            _loading(teacher, without, pipeline=pipeline),
             *load,
-            f'pipe.scheduler = {scheduler}.from_pretrained("{folder.as_posix()}", subfolder="scheduler")',
+            f'pipe.scheduler = {scheduler}.from_pretrained("{place}", subfolder="scheduler")',
             *_calling(steps, call),
         ]
     )

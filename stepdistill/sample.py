@@ -104,7 +104,7 @@ def sample(
 def _family(source: str) -> Family:
     """Of an exported student; a folder that is none is refused later, with the reason."""
     index = Path(source) / "model_index.json"
-    return read_index(index, source)[1] if index.is_file() else UNET2D
+    return read_index(index, source, student=True)[1] if index.is_file() else UNET2D
 
 
 def _refuse_for_student(

@@ -92,13 +92,19 @@ def pipeline_class(index: dict[str, Any]) -> type[DiffusionPipeline]:
     return getattr(diffusers, index["_class_name"])
 
 
-def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
-    """``model_index.json`` and its family, refused unless pipeline, network and scheduler are supported."""
+def read_index(path: Path, source: str, *, student: bool = False) -> tuple[dict[str, Any], Family]:
+    """``model_index.json`` and its family, refused unless pipeline, network and scheduler are supported.
+
+    Args:
+        path: of the file.
+        source: the pipeline's name in errors.
+        student: take a student with a pipeline file of its own as the stock pipeline behind that.
+    """
     if not path.is_file():
         raise UserError(f"{source} is not a diffusers pipeline: it has no model_index.json")
     index = read_json(path, source)
     if isinstance(index.get("_class_name"), list):
-        index["_class_name"] = _behind(path.with_name(DESCRIPTION), source)
+        index["_class_name"] = _behind(path.with_name(DESCRIPTION), source, student=student)
     foreign = [value[0] for value in index.values() if isinstance(value, list) and value[0] not in (None, *_LIBRARIES)]
     if foreign:
         raise UserError(f"{source} has parts by code of its own ({', '.join(map(str, foreign))}), which is not run")
@@ -119,15 +125,9 @@ def read_index(path: Path, source: str) -> tuple[dict[str, Any], Family]:
     return index, family
 
 
-def has_code(folder: Path) -> bool:
-    """Whether a pipeline file of the folder's own is what loading it runs."""
-    path = folder / "model_index.json"
-    return path.is_file() and isinstance(read_json(path, str(folder)).get("_class_name"), list)
-
-
-def _behind(description: Path, source: str) -> str:
+def _behind(description: Path, source: str, *, student: bool) -> str:
     """The stock pipeline behind a student's own pipeline file; no code from elsewhere is ever run."""
-    stock = read_json(description, source).get("stock") if description.is_file() else None
+    stock = read_json(description, source).get("stock") if student and description.is_file() else None
     if not isinstance(stock, str):
         raise UserError(f"{source} comes with pipeline code of its own, which is not run; give a stock pipeline")
     return stock

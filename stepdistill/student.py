@@ -19,12 +19,13 @@ from .backbones import unet2d
 from .conditions import Cond
 from .config import Data
 from .denoiser import Denoiser
-from .errors import UserError
+from .errors import UserError, first_line
 from .export import empty_parts
+from .own_code import runs_own_code
 from .process import NoiseProcess
 from .samplers import StudentSampler
 from .schedulers import read_scheduler
-from .sources import DESCRIPTION, has_code, read_index
+from .sources import DESCRIPTION, read_index
 from .teacher import Teacher, load_teacher
 
 
@@ -49,13 +50,13 @@ def exported(source: str, device: torch.device, *, trust_remote_code: bool = Fal
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}/{DESCRIPTION} is not what an export writes: {error!r}") from None
     try:
-        index, _ = read_index(Path(source) / "model_index.json", source)
-        consent = {"trust_remote_code": True} if has_code(Path(source)) else {}
-        if consent and not trust_remote_code:
+        index, _ = read_index(Path(source) / "model_index.json", source, student=True)
+        if written.get("sole") and not trust_remote_code:
             raise UserError(f"{source} runs by a pipeline file of its own; read it, then say --trust-remote-code")
+        consent = {"trust_remote_code": True} if written.get("sole") else {}
         pipeline: Any = DiffusionPipeline.from_pretrained(source, **empty_parts(index), **consent).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot read the student: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{source}: cannot read the student: {first_line(error)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return Exported(pipeline, sampler, label, written.get("call", {}))
 
@@ -63,7 +64,7 @@ def exported(source: str, device: torch.device, *, trust_remote_code: bool = Fal
 def few_step(pipeline: Any, sampler: StudentSampler) -> tuple[Denoiser, StudentSampler]:  # noqa: ANN401
     """A student of several calls under the process of its own stock scheduler, which is the teacher's up there."""
     scheduler = pipeline.scheduler
-    if type(pipeline).__module__.startswith("diffusers_modules"):
+    if runs_own_code(pipeline):
         raise UserError("--teacher-first and --trace do not know the scheduler in a student's own pipeline file")
     denoiser = Denoiser(pipeline.unet, **read_scheduler(scheduler), call=unet2d.call)
     scheduler.set_timesteps(len(sampler.times))
@@ -119,7 +120,7 @@ def teacher_of(source: str, given: str | None, device: torch.device) -> tuple[Te
         data = Data(**told.get("data", {}))
         return teacher, teacher.guided(data.model_copy(update={"guidance_scale": data.scale}))
     except (TypeError, ValueError) as error:
-        raise UserError(f"the recipe in {source}/README.md: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the recipe in {source}/README.md: {first_line(error)}") from None
 
 
 def recipe(card: Path) -> dict[str, Any]:

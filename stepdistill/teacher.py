@@ -15,10 +15,10 @@ from .backbones import Family
 from .conditions import Cond
 from .config import Data, Precision
 from .denoiser import Denoiser, Guidance
-from .errors import UserError
+from .errors import UserError, first_line
 from .process import VP
 from .schedulers import read_scheduler
-from .sources import has_code, locate, part, read_index, read_json, whole
+from .sources import locate, part, read_index, read_json, whole
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,6 @@ def load_teacher(
             settings files, before weights are downloaded or read.
     """
     folder = locate(source)
-    if has_code(folder):
-        raise UserError(f"{source} comes with pipeline code of its own, which is not run; give a stock pipeline")
     index, family = read_index(folder / "model_index.json", source)
     config = _config(folder, family, source)
     if reason := family.refuse(config):
@@ -130,8 +128,7 @@ def load_teacher(
         try:
             network = family.network.from_pretrained(part(folder, family.component), torch_dtype=getattr(torch, dtype))
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{source}: cannot read the weights in {family.component}/: {reason}") from None
+            raise UserError(f"{source}: cannot read the weights in {family.component}/: {first_line(error)}") from None
     else:
         with torch.device("meta"):
             network = nn.Module.to(family.network.from_config(config), getattr(torch, dtype))
@@ -156,7 +153,7 @@ def _config(folder: Path, family: Family, source: str) -> dict[str, Any]:
         with torch.device("meta"):
             return dict(family.network.from_config(written).config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"{source}: cannot read {family.component}/config.json: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{source}: cannot read {family.component}/config.json: {first_line(error)}") from None
 
 
 def _pixels(folder: Path, index: dict[str, Any], source: str) -> int:
