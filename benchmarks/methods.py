@@ -44,6 +44,14 @@ RECIPES = [
     if name.startswith("digits_") and not name.startswith("digits_text_") and not name.endswith("_long")
 ]
 """Of the one teacher that all of them are compared on."""
+FEW_STEPS = {
+    "digits_sid_2": ("digits_sid_few_step", "method.steps=2"),
+    "digits_dmd_2": ("digits_dmd", "method.steps=2", "method.init_ratio=2.5"),
+    "digits_dmd_4": ("digits_dmd", "method.steps=4", "method.init_ratio=2.5"),
+    "digits_tscd_2": ("digits_tscd", "method.segments=[8,4,2]", "method.stage_steps=[700,700]"),
+    "digits_tscd_4": ("digits_tscd", "method.segments=[8,4]", "method.stage_steps=[1100]"),
+}
+"""The same with more calls, where a method has them: a recipe and what it is told."""
 TEACHER_STEPS = (50, 32, 16, 8, 4, 2, 1)
 
 
@@ -110,7 +118,8 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     done = folder / "cost.json"
     if done.is_file():
         return
-    config = parse(Config, name, [f"seed={seed}", f"output_dir={folder}"])
+    name, *told = FEW_STEPS.get(name, (name,))
+    config = parse(Config, name, [f"seed={seed}", f"output_dir={folder}", *told])
     cost = cost_of(config)
     steps = cost.steps(units)
     share = steps / cast(int, config.steps)
@@ -122,6 +131,7 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
         *(f"seed={seed}", f"steps={steps}", f"output_dir={folder}", f"resume={str(resume).lower()}"),
         *(f"training.preview_every={every}", f"training.checkpoint_every={every}", "training.trackers=[]"),
         *(f"evaluate.samples={samples}", "evaluate.curve_samples=1000", "evaluate.teacher_steps=[1]"),
+        *told,
         *phases(config.method, share),
     ]
     code = (
@@ -235,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=float, default=300.0, help="thousand network rows of every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=RECIPES, metavar="RECIPE")
+    parser.add_argument("--only", nargs="+", default=[*RECIPES, *FEW_STEPS], metavar="RECIPE")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--report", action="store_true", help="train nothing; table and plot of what is finished")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .features import DigitsExtractor
-from .frechet import FeatureSums, FrechetDistance, Moments, Reference, frechet_distance
 from .images import load_images, to_uint8
+from .metrics.digits import DigitsExtractor
+from .metrics.frechet import FeatureSums, FrechetDistance, Moments, Reference, frechet_distance
 
 Generate = Callable[[range], Tensor]
 """The samples of the given ids, ``(B, C, H, W)`` in [-1, 1]; sample ``k`` is the same in any batch."""

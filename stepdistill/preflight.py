@@ -14,10 +14,10 @@ from .config import Config, Evaluate, RealData, Stage, Training
 from .data import check_conditions
 from .denoiser import Denoiser
 from .errors import UserError
-from .features import DigitsExtractor
 from .hosting import Plan, plan
 from .learners import check_learners
 from .lora import check_lora
+from .metrics.digits import DigitsExtractor
 from .samplers import StudentSampler, teacher_grid
 from .teacher import Teacher
 

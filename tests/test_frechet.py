@@ -7,7 +7,15 @@ import scipy.linalg
 import torch
 
 from stepdistill.errors import UserError
-from stepdistill.frechet import GROUPS, MIN_SAMPLES, FeatureSums, Moments, Reference, frechet_distance, moments_of
+from stepdistill.metrics.frechet import (
+    GROUPS,
+    MIN_SAMPLES,
+    FeatureSums,
+    Moments,
+    Reference,
+    frechet_distance,
+    moments_of,
+)
 
 
 def random(*shape, seed=0):

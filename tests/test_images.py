@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from stepdistill.errors import UserError
-from stepdistill.features import DigitsExtractor
 from stepdistill.images import load_digits, load_images, to_float, to_uint8
+from stepdistill.metrics.digits import DigitsExtractor
 
 
 def save(folder, images):

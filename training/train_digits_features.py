@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import save_file
 
-from stepdistill.features import DigitsNet
 from stepdistill.images import load_digits, to_float
+from stepdistill.metrics.digits import DigitsNet
 
 
 def main(output: str, *, seed: int = 0, epochs: int = 12) -> None:

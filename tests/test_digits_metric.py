@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 from stepdistill.bundled import bundled
 from stepdistill.errors import UserError
 from stepdistill.evaluation import Evaluator
-from stepdistill.features import DigitsExtractor, DigitsNet
 from stepdistill.images import load_digits, to_float
+from stepdistill.metrics.digits import DigitsExtractor, DigitsNet
 
 TRAINING = Path(__file__).parents[1] / "training" / "train_digits_features.py"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 GROUPS = 10
 """Groups of the delete-a-group jackknife; sample ``k`` belongs to group ``k % GROUPS``."""

@@ -9,9 +9,9 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .bundled import bundled
-from .errors import UserError
-from .images import to_float
+from ..bundled import bundled
+from ..errors import UserError
+from ..images import to_float
 
 
 class DigitsNet(nn.Module):

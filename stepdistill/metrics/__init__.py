@@ -1,0 +1,1 @@
+"""Scoring images: where they come from, what is measured of them, by which protocol."""
