@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 slow: $(READY)
 	$(BIN)/python -m pytest -q -n auto -m slow
