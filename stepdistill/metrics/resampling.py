@@ -160,7 +160,7 @@ def _by_products(images: Tensor, kind: str, height: int, width: int, *, rounded:
 
 
 def _rounded_pass(x: Tensor, digits: Sequence[Tensor], base: int) -> Tensor:
-    """Resize the last axis of bytes held as float32; the sum fits 32 bits here as it does in Pillow."""
+    """Resize the last axis of bytes held as float32; rows sum to at most 1.58 in absolute value, which fits 32 bits."""
     total = torch.zeros((), dtype=torch.int32, device=x.device)
     for digit in digits:
         total = total * base + (x @ digit.T).to(torch.int32)
@@ -213,7 +213,7 @@ def _filter(kind: str, x: np.ndarray) -> np.ndarray:
 def _no_tf32() -> Iterator[None]:
     """Float32 products in full on CUDA, whatever the process has chosen, which is restored."""
     matmul = torch.backends.cuda.matmul
-    if torch.__version__ < (2, 9):  # The older setting must not be mixed with the newer one.
+    if torch.__version__ < "2.9":  # The older setting must not be mixed with the newer one.
         before, matmul.allow_tf32 = matmul.allow_tf32, False
         try:
             yield

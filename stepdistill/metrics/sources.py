@@ -7,7 +7,7 @@ import os
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -206,7 +206,7 @@ def batches(
     rgb: bool = False,
     transform: Callable[[Tensor], Tensor] | None = None,
     skip_broken: list[str] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Read ``ids`` of ``source`` in their order; the result is the same for any number of threads.
 
     Args:
