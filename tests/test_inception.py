@@ -1,9 +1,6 @@
 """The Inceptions against clean-fid, pytorch-fid and torch-fidelity on the same random weights."""
 
-import cleanfid.inception_pytorch
 import cleanfid.inception_torchscript
-import cleanfid.resize
-import numpy as np
 import pytest
 import pytorch_fid.inception
 import torch
@@ -131,7 +128,7 @@ def test_logits_are_those_of_the_torchscript_without_bias(script, large, name):
 
 
 def test_the_clean_inception_takes_only_images_of_its_size(script, images):
-    with pytest.raises(UserError, match="needs images resized to 299x299 .*, got 64x96"):
+    with pytest.raises(UserError, match=r"needs images resized to 299x299 .*, got 64x96"):
         load_extractor("inception-clean", weights=script, trust=True)(images)
 
 
@@ -141,18 +138,6 @@ def test_pytorch_fid_gives_the_same_features(pytorch_inception, checkpoint, imag
     theirs = pytorch_fid.inception.InceptionV3().eval()
     with torch.no_grad():
         close(pytorch_inception(images).features, theirs(images / 255)[0].flatten(1))
-
-
-def test_clean_fid_gives_the_same_features_in_its_legacy_pytorch_mode(
-    pytorch_inception, checkpoint, images, monkeypatch
-):
-    state = torch.load(checkpoint, weights_only=True)
-    monkeypatch.setattr(cleanfid.inception_pytorch, "load_state_dict_from_url", lambda *_, **__: state)
-    theirs = cleanfid.inception_pytorch.InceptionV3(resize_input=False).eval()
-    resize = cleanfid.resize.build_resizer("legacy_pytorch")
-    resized = torch.from_numpy(np.stack([resize(image.permute(1, 2, 0).numpy()) for image in images]))
-    with torch.no_grad():
-        close(pytorch_inception(images).features, theirs(resized.permute(0, 3, 1, 2) / 255)[0].flatten(1))
 
 
 def test_torch_fidelity_gives_the_same_features_and_logits_behind_its_own_scaling(pytorch_inception, checkpoint, large):
@@ -173,8 +158,8 @@ def test_pooling_is_that_of_the_2015_graph_and_not_of_torchvision(pytorch_incept
     plain.load_state_dict(torch.load(checkpoint, weights_only=True))
     plain.fc = nn.Identity()
     with torch.no_grad():
-        other = plain(2 * large / 255 - 1)
-    assert (pytorch_inception(large).features - other).abs().max() > 0.01 * other.abs().max()
+        other = plain(2 * large[:1] / 255 - 1)
+    assert (pytorch_inception(large[:1]).features - other).abs().max() > 0.01 * other.abs().max()
 
 
 @pytest.mark.parametrize("name", ["inception", "inception-clean", "inception-pytorch"])
@@ -231,6 +216,6 @@ def test_images_that_are_not_rgb_are_refused(shape):
 
 
 def test_float_images_are_not_resized_as_if_they_were_bytes():
-    with pytest.raises(UserError, match="only uint8 images can be resized to 4x2 here, got torch.float32"):
+    with pytest.raises(UserError, match=r"only uint8 images can be resized to 4x2 here, got torch\.float32"):
         pillow_bicubic(torch.zeros(1, 3, 8, 8), 2, 4)
     assert pillow_bicubic(torch.zeros(1, 3, 8, 8), 8, 8).dtype == torch.float32

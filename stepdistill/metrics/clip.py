@@ -62,7 +62,7 @@ class Towers:
         Images of another size are resized as open_clip and OpenAI do: the short side to ``size`` by Pillow's bicubic
         filter on bytes, then the centre.
         """
-        images = _centred(images, self.size).float() / 255
+        images = centred(images, self.size).float() / 255
         mean, std = images.new_tensor(_MEAN).view(3, 1, 1), images.new_tensor(_STD).view(3, 1, 1)
         with torch.no_grad(), full_precision(images.device):
             return self.model.encode_image((images - mean) / std)
@@ -93,7 +93,7 @@ def load_towers(architecture: str, weights: Weights, *, device: torch.device | s
     except ImportError:
         raise UserError("CLIP metrics need open_clip: pip install open-clip-torch") from None
     config = open_clip.get_model_config(architecture)
-    if config is None or not set(config) <= {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}:
+    if config is None or not _is_plain(config):
         raise UserError(f"{architecture} is not a plain CLIP of open_clip.list_models(), such as ViT-B-32-quickgelu")
     if weights.is_program() and not config.get("quick_gelu", False):
         raise UserError(
@@ -178,7 +178,7 @@ class ClipScorer:
         return Scores(self.scale * (cosines.clamp_min(0) if self.clamp else cosines), texts.truncated)
 
 
-def _centred(images: Tensor, size: int) -> Tensor:
+def centred(images: Tensor, size: int) -> Tensor:
     """The centre ``(B, 3, size, size)`` after the short side was resized to ``size``."""
     height, width = images.shape[2:]
     short = min(height, width)
@@ -186,3 +186,10 @@ def _centred(images: Tensor, size: int) -> Tensor:
     images = pillow_bicubic(images, height, width)
     top, left = round((height - size) / 2), round((width - size) / 2)
     return images[..., top : top + size, left : left + size]
+
+
+def _is_plain(config: dict[str, Any]) -> bool:
+    """Whether both towers are open_clip's own, which are all that has no further files and no other interface."""
+    parts = [*config["vision_cfg"], *config["text_cfg"]]
+    own = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+    return set(config) <= own and not any(name.startswith(("hf_", "timm_")) for name in parts)

@@ -28,14 +28,15 @@ class Row:
 
 def report() -> list[Row]:
     """Weights with their checksums, versions, and a self-test; seconds, as every file that is found is read."""
-    return [
-        *(_weights(name, known) for name, known in KNOWN.items()),
-        *(_version(package) for package in PACKAGES),
-        *_self_test(),
-    ]
+    return [*weights(), *versions(), *self_test()]
 
 
-def _weights(name: str, known: KnownFile) -> Row:
+def weights() -> list[Row]:
+    """A row for every known file: where it is, and whether it is the published one."""
+    return [_file(name, known) for name, known in KNOWN.items()]
+
+
+def _file(name: str, known: KnownFile) -> Row:
     found = locate(known)
     if found is None:
         return Row("weights", name, "missing", f"{known.url} ({known.size / 1e6:.0f} MB, {known.licence})")
@@ -45,14 +46,19 @@ def _weights(name: str, known: KnownFile) -> Row:
     return Row("weights", name, "ok", f"{found}, sha256 {got}")
 
 
-def _version(package: str) -> Row:
+def versions() -> list[Row]:
+    """A row for every package that measured values depend on."""
+    return [_package(name) for name in PACKAGES]
+
+
+def _package(name: str) -> Row:
     try:
-        return Row("version", package, "ok", version(package))
+        return Row("version", name, "ok", version(name))
     except PackageNotFoundError:
-        return Row("version", package, "missing", f"pip install {package}")
+        return Row("version", name, "missing", f"pip install {name}")
 
 
-def _self_test() -> list[Row]:
+def self_test() -> list[Row]:
     """Two distances that are known without measuring."""
     digits = moments_of(load_extractor("digits")(load_digits()[0]).features)
     d = 64
