@@ -1,5 +1,7 @@
 """The Inceptions against clean-fid, pytorch-fid and torch-fidelity on the same random weights."""
 
+from typing import Any
+
 import cleanfid.inception_torchscript
 import pytest
 import pytorch_fid.inception
@@ -122,7 +124,9 @@ def test_logits_are_those_of_the_torchscript_without_bias(script, large, name):
     program = torch.jit.load(script / "inception-2015-12-05.pt")
     with torch.no_grad():
         expected, biased = program(large, no_output_bias=True), program(large)
-    probabilities = load_extractor(name, weights=script, trust=True)(large).logits.softmax(1)
+    logits = load_extractor(name, weights=script, trust=True)(large).logits
+    assert logits is not None
+    probabilities = logits.softmax(1)
     torch.testing.assert_close(probabilities, expected, rtol=1e-5, atol=1e-9)
     assert (probabilities - biased).abs().max() > 1e-5
 
@@ -156,7 +160,7 @@ def test_torch_fidelity_gives_the_same_features_and_logits_behind_its_own_scalin
 def test_pooling_is_that_of_the_2015_graph_and_not_of_torchvision(pytorch_inception, checkpoint, large):
     plain = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).eval()
     plain.load_state_dict(torch.load(checkpoint, weights_only=True))
-    plain.fc = nn.Identity()
+    plain.add_module("fc", nn.Identity())
     with torch.no_grad():
         other = plain(2 * large[:1] / 255 - 1)
     assert (pytorch_inception(large[:1]).features - other).abs().max() > 0.01 * other.abs().max()
@@ -185,8 +189,9 @@ class Probe(FrozenNetwork):
 
 
 def settings():
-    matmul, convolution = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
-    return matmul, convolution, torch.backends.mkldnn.matmul.fp32_precision
+    backends: Any = torch.backends
+    switches = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul
+    return tuple(switch.fp32_precision for switch in switches)
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])

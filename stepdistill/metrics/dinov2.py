@@ -30,8 +30,7 @@ class _DinoV2(FrozenNetwork):
 
     def __init__(self, weights: Weights, *, device: torch.device | str = "cpu") -> None:
         self.weights = weights.sha256
-        self._net = _load(weights)
-        self._net.to(torch.device(device))
+        self._net = _load(weights, device)
         self.dimension = self._net.config.hidden_size
 
     def _token(self, images: Tensor) -> Features:
@@ -59,7 +58,7 @@ class DinoV2Pillow(_DinoV2):
         return self._token(pillow_bicubic(images, SIZE, SIZE))
 
 
-def _load(weights: Weights) -> Dinov2Model:
+def _load(weights: Weights, device: torch.device | str) -> Dinov2Model:
     """The network of the transformers library; its shape is read off the weights."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -74,14 +73,16 @@ def _load(weights: Weights) -> Dinov2Model:
             image_size=SIZE,
             patch_size=PATCH,
         )
-        loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+        loaded: Any = Dinov2Model.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{weights.path} is no DINOv2: {first_line(error)}") from None
     net, report = loaded
     wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
     if wrong:  # Missing ones were filled with noise.
         raise UserError(f"{weights.path} is no DINOv2 that is known here: missing or unknown {', '.join(wrong[:5])}")
-    return net.float().eval().requires_grad_(False)
+    return net.eval().requires_grad_(False).to(device)
 
 
 _NAMES = (

@@ -92,8 +92,10 @@ def _torchscript(weights: Weights, device: torch.device | str) -> tuple[nn.Modul
 
 def _pytorch_fid(weights: Weights) -> Inception3:
     """Inception v3 of torchvision with pytorch-fid's weights in it, to be called through ``fid_inception``."""
-    from torchvision.models import inception_v3
-
+    try:
+        from torchvision.models import inception_v3
+    except ImportError:
+        raise UserError("inception-pytorch needs torchvision: pip install torchvision") from None
     net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
     try:
         net.load_state_dict(weights.state())
