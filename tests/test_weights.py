@@ -169,12 +169,15 @@ def test_a_foreign_file_in_the_shared_temporary_folder_counts_as_absent_even_for
         find_weights("inception", trust=True)
 
 
-def test_a_file_that_changes_between_check_and_use_is_refused(known, tmp_path):
-    weights = find_weights("inception", path=put(tmp_path / known.name))
-    assert weights.read().getvalue() == CONTENT
-    weights.path.write_bytes(b"swapped")
-    with pytest.raises(UserError, match="changed while it was loaded"):
-        weights.read()
+def test_a_program_that_changes_between_check_and_use_is_not_run(tmp_path):
+    path = tmp_path / "program.pt"
+    torch.jit.script(torch.nn.ReLU()).save(path)
+    weights = Weights(path, sha256_of(path))
+    assert weights.program("cpu")(torch.tensor(-1.0)) == 0
+    torch.jit.script(torch.nn.Sigmoid()).save(path)
+    for use in (lambda: weights.program("cpu"), weights.state):
+        with pytest.raises(UserError, match="changed while it was loaded"):
+            use()
 
 
 def test_missing_weights_name_url_places_and_the_way_without(known, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ class PytorchInception(FrozenNetwork):
 def _torchscript(weights: Weights, device: torch.device | str) -> tuple[nn.Module, nn.Module, Tensor]:
     """The program, its layers without the resizing before them, and the weights ``(1008, 2048)`` of the last one."""
     try:
-        program = torch.jit.load(weights.read(), map_location=device).eval()
+        program = weights.program(device)
         return program, program.layers, program.output.weight.detach()
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"{weights.path} is not NVIDIA's TorchScript Inception: {first_line(error)}") from None

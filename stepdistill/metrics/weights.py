@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -115,17 +116,6 @@ class Weights:
     path: Path
     sha256: str
 
-    def read(self) -> io.BytesIO:
-        """The bytes that have this checksum; what is run is what was checked, even if the file changes meanwhile.
-
-        Raises:
-            UserError: the file is no longer the one that was checked.
-        """
-        content = self.path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.sha256:
-            raise UserError(f"{self.path} changed while it was loaded; keep weights where nobody else can write")
-        return io.BytesIO(content)
-
     def is_program(self) -> bool:
         """Whether the file is a TorchScript, as OpenAI's and NVIDIA's are: code, not only numbers."""
         try:
@@ -133,6 +123,19 @@ class Weights:
                 return any(name.endswith("/constants.pkl") for name in archive.namelist())
         except BadZipFile:
             return False
+
+    def program(self, device: torch.device | str) -> torch.jit.ScriptModule:
+        """The TorchScript in the file; what is run is the bytes that were checked, even if the file changes meanwhile.
+
+        Raises:
+            UserError: the file is no longer the one that was checked.
+        """
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise UserError(f"{self.path} changed while it was loaded; keep weights where nobody else can write")
+        with warnings.catch_warnings():  # That TorchScript is deprecated is no news to whoever scores images.
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.jit.load(io.BytesIO(content), map_location=device).eval()
 
     def state(self) -> dict[str, Tensor]:
         """The state dict in a ``.safetensors`` file, a TorchScript, or a file saved by torch; on the CPU.
@@ -144,7 +147,7 @@ class Weights:
             if self.path.suffix == ".safetensors":
                 return load_file(self.path)
             if self.is_program():
-                return dict(torch.jit.load(self.read(), map_location="cpu").state_dict())
+                return dict(self.program("cpu").state_dict())
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             return state.get("state_dict", state)
         except UserError:
