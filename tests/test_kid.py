@@ -19,7 +19,7 @@ def third_moment(mean):
     """``E[x x x]`` of ``N(mean, I)``, ``(d, d, d)``."""
     eye = torch.eye(len(mean), dtype=mean.dtype)
     tensor = torch.einsum("a,b,c->abc", mean, mean, mean)
-    return tensor + sum(torch.einsum(f"{pair},{one}->abc", eye, mean) for pair, one in [("ab", "c"), ("ac", "b"), ("bc", "a")])
+    return tensor + sum(torch.einsum(f"{index}->abc", eye, mean) for index in ("ab,c", "ac,b", "bc,a"))
 
 
 def expected_kernel(one, two):
@@ -30,7 +30,7 @@ def expected_kernel(one, two):
     return 1 + 3 * (one @ two) / d + 3 * (second[0] * second[1]).sum() / d**2 + cube / d**3
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+@pytest.mark.parametrize("block", [3, 64, 1000])
 def test_block_and_order_do_not_matter(block):
     a, b = random(90, 12), random(70, 12, seed=1) + 0.3
     whole, blocked = kid(a, b, block=4096), kid(a.flip(0), b.roll(5, 0), block=block)
@@ -72,7 +72,7 @@ def test_subsets_are_those_of_torch_fidelity():
 
 def test_subsets_are_those_of_clean_fid():
     a, b = random(300, 16).float(), random(250, 16, seed=1).float() + 0.1
-    np.random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
     theirs = kernel_distance(a.numpy(), b.numpy(), num_subsets=20, max_subset_size=100)
     # Their kernel and its sums are float32: values near 1, summed to a difference near 0.01.
     assert kid_subsets(b, a, subsets=20, size=100, seed=3).value == pytest.approx(theirs, abs=1e-6)

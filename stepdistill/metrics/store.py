@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -218,9 +219,10 @@ class FeatureStore:
                 os.fsync(file.fileno())
             temporary.replace(self.folder / name)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise UserError(
-                f"cannot write {self.folder / name}: {error.strerror}; what was written before is kept: make room and "
+                f"cannot write {self.folder / name}: {error.strerror}; what was written before is kept: mend that and "
                 "run again"
             ) from None
 
