@@ -17,6 +17,11 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def z_scores(results, truth):
+    measured = torch.tensor([[result.debiased, result.se] for result in results], dtype=torch.float64)
+    return (measured[:, 0] - truth) / measured[:, 1]
+
+
 def gaussian(mean, scale, d=6):
     """Moments of ``N(mean, diag(scale^2))``."""
     eye = torch.eye(d, dtype=torch.float64)
@@ -78,7 +83,7 @@ def test_debiased_value_is_within_two_errors_of_the_truth(per_dimension):
     reference, truth = Reference(gaussian(0.4, 1.3)), Reference(gaussian(0.4, 1.3)).distance(gaussian(0.0, 1.0))
     draws = [random(6 * per_dimension, 6, seed=k) for k in range(120)]
     results = [frechet_with_influence(features, reference) for features in draws]
-    z = torch.tensor([(result.debiased - truth) / result.se for result in results])
+    z = z_scores(results, truth)
     assert (z.abs() < 2).sum() >= 105  # 114.5 expected, less 4 standard deviations of the binomial.
 
 
@@ -92,13 +97,13 @@ def test_two_errors_of_a_paired_difference_cover_the_truth_and_are_far_smaller_t
     reference = Reference(gaussian(0.4, 1.3))
     wider = gaussian(0.02, (1.05**2 + 0.02**2) ** 0.5)
     truth = reference.distance(gaussian(0.0, 1.0)) - reference.distance(wider)
-    results = [paired_difference(*twins(k), reference) for k in range(120)]
-    z = torch.tensor([(result.debiased - truth) / result.se for result in results])
-    assert (z.abs() < 2).sum() >= 105  # 114.5 expected, less 4 standard deviations of the binomial.
+    results = [paired_difference(*twins(k), reference) for k in range(80)]
+    z = z_scores(results, truth)
+    assert (z.abs() < 2).sum() >= 68  # 76.4 expected, less 4 standard deviations of the binomial.
     assert 0.7 < z.std() < 1.25
     a, b = twins(0)
-    unpaired = [frechet_with_influence(run, reference).se for run in (a, b)]
-    assert results[0].se < 0.2 * (unpaired[0] ** 2 + unpaired[1] ** 2) ** 0.5
+    unpaired = torch.tensor([frechet_with_influence(run, reference).se for run in (a, b)]).norm()
+    assert torch.tensor(results[0].se) < 0.2 * unpaired
 
 
 def test_a_run_does_not_differ_from_itself_and_differs_as_much_the_other_way():

@@ -32,7 +32,7 @@ def inception_score(logits: Tensor, *, block: int = 4096) -> Value:
     n, classes = logits.shape
     members = groups(n, logits.device)
     sums = [_sums(logits[mine], block) for mine in members]
-    probability, entropy = sum(p for p, _ in sums), sum(e for _, e in sums)
+    probability, entropy = (torch.stack(column).sum(0) for column in zip(*sums, strict=True))
     value = _score(probability, entropy, n)
     parts = [_score(probability - p, entropy - e, n - len(mine)) for mine, (p, e) in zip(members, sums, strict=True)]
     result = jackknife(value, parts)

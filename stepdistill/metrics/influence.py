@@ -74,8 +74,7 @@ def paired_difference(a: Tensor, b: Tensor, reference: Reference) -> Value:
     _check_pairs(a, b)
     psi = frechet_influence(a, reference) - frechet_influence(b, reference)
     one, two = _distance(a, reference), _distance(b, reference)
-    known = one.debiased is not None and two.debiased is not None
-    debiased = one.debiased - two.debiased if known else None
+    debiased = None if one.debiased is None or two.debiased is None else one.debiased - two.debiased
     return Value(one.value - two.value, _error_of_mean(psi), len(psi), debiased=debiased)
 
 
