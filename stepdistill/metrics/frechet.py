@@ -87,6 +87,17 @@ class Reference:
         shift = (reference.mean - other.mean).square().sum()
         return (shift + reference.covariance.trace() + other.covariance.trace() - 2 * root).item()
 
+    def transport(self, other: Moments) -> Tensor:
+        """``T = A (A^T S2 A)^(-1/2) A^T``, ``(d, d)``: ``m1 + T (x - m2)`` carries the other Gaussian to this one.
+
+        ``-T`` is the derivative of ``-2 tr (S1 S2)^(1/2)`` by ``S2``; eigenvalues count as zero as in ``distance``.
+        """
+        product = self._half.T @ other.covariance @ self._half
+        values, vectors = torch.linalg.eigh((product + product.T) / 2)
+        kept = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
+        half = self._half @ vectors * torch.where(kept, values, math.inf).pow(-0.25)
+        return half @ half.T
+
 
 @dataclass(frozen=True)
 class FrechetDistance:
