@@ -7,6 +7,7 @@ and what those names call is written below: not even numpy's own code sees the f
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def read_torch(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([*names, np.ndarray, np.dtype, *kinds]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # As above.
-        reason = first_line(error).partition(". ")[0]
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it names {named[1]}, which is not run" if named else first_line(error)
         raise UserError(f"{path} is truncated or holds more than arrays and tensors: {reason}") from error
     return {"feats": content.numpy()} if isinstance(content, torch.Tensor) else _dictionary(path, content)
 
@@ -73,6 +75,8 @@ class _Dtype:
         self._code, self._order = code, "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] not in ("<", ">", "=", "|"):
+            raise UserError(f"it holds an array of byte order {state[1]!r}")
         self._order = state[1]
 
     def numbers(self, raw: bytes) -> np.ndarray:
@@ -127,7 +131,7 @@ _BUILDERS: dict[tuple[str, str], Any] = {
 
 
 class _Restricted(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
+    def find_class(self, module_name: str, global_name: str) -> object:
         if global_name == "EasyDict":
             return _Dict
         builder = _BUILDERS.get((module_name.replace("numpy._core", "numpy.core"), global_name))
@@ -139,7 +143,7 @@ class _Restricted(pickle.Unpickler):
         return builder
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """``value`` with arrays and dictionaries of numpy's and Python's own types."""
     if isinstance(value, _Array):
         return value.value

@@ -180,7 +180,7 @@ def _steps(steps: tuple[str, ...]) -> None:
 
 def _spelled(value: object) -> str:
     if isinstance(value, tuple):
-        return " > ".join(map(str, value)) or "nothing"
+        return " + ".join(map(str, value)) or "nothing"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
