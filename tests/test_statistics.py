@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import pickletools
 import sys
 import types
 import zipfile
@@ -82,7 +83,7 @@ def easy_dict(monkeypatch):
 
     EasyDict.__module__, EasyDict.__qualname__ = "dnnlib.util", "EasyDict"
     util = types.ModuleType("dnnlib.util")
-    util.EasyDict = EasyDict
+    vars(util)["EasyDict"] = EasyDict
     monkeypatch.setitem(sys.modules, "dnnlib", types.ModuleType("dnnlib"))
     monkeypatch.setitem(sys.modules, "dnnlib.util", util)
     return EasyDict
@@ -107,6 +108,7 @@ def test_the_features_of_a_kid_file_of_clean_fid_give_moments_and_features(tmp_p
     read = read_statistics(tmp_path / "x_clean_custom_na_kid.npz")
     close(read)
     assert read.n == N
+    assert read.features is not None
     assert torch.equal(read.features, torch.from_numpy(FEATURES))
 
 
@@ -242,6 +244,29 @@ def test_only_what_arrays_need_is_called(tmp_path, call):
         read_statistics(dumped(tmp_path / "a.pkl", {"fid": Calls()}))
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["numpy\ndtype", "numpy\nndarray", "dnnlib\nEasyDict", "numpy.core.multiarray\n_reconstruct", "builtins\ndict"],
+)
+def test_a_pickle_cannot_change_how_the_next_file_is_read(tmp_path, easy_dict, target):
+    path = tmp_path / "evil.pkl"
+    slots = b"".join(b"X%c\0\0\0%sN" % (len(name), name) for name in (b"__setstate__", b"__init__", b"__setitem__"))
+    path.write_bytes(b"\x80\x02c" + target.encode() + b"\n(N(" + slots + b"dtb.")  # BUILD with attributes to set.
+    with pytest.raises(UserError):
+        read_statistics(path)
+    close(read_statistics(dumped(tmp_path / "a.pkl", edm2(easy_dict))))
+
+
+@pytest.mark.parametrize("order", ["O,", "3", "(2,2)", ""])
+def test_a_forged_byte_order_cannot_make_another_dtype(tmp_path, order):
+    plain = pickle.dumps({"mu": MU}, protocol=2)
+    assert plain.count(b"X\x01\0\0\0<") == 1
+    forged = plain.replace(b"X\x01\0\0\0<", b"X%c\0\0\0%s" % (len(order), order.encode()))
+    (tmp_path / "a.pkl").write_bytes(forged)
+    with pytest.raises(UserError, match="byte order"):
+        read_statistics(tmp_path / "a.pkl")
+
+
 def test_a_dtype_of_objects_in_a_pickle_is_refused(tmp_path):
     with pytest.raises(UserError, match="objects are not"):
         read_statistics(dumped(tmp_path / "a.pkl", {"mu": np.array([None, 1], object), "sigma": SIGMA}))
@@ -352,6 +377,7 @@ def test_what_is_written_is_read_back_with_all_that_is_known(tmp_path):
     read = read_statistics(tmp_path / "a.npz")
     assert torch.equal(read.mean, OWN.mean)
     assert torch.equal(read.covariance, OWN.covariance)
+    assert read.features is not None
     assert torch.equal(read.features, features)
     assert (read.n, read.ddof, read.extractor) == (N, 0, "inception-clean")
     assert read.meta["protocol"] == {"name": how.name, "digest": how.digest(), "text": how.text()}
@@ -374,9 +400,8 @@ def test_what_is_written_is_read_by_numpy_pytorch_fid_and_clean_fid(tmp_path, mo
     np.testing.assert_array_equal(mu, MU)
     np.testing.assert_array_equal(sigma, SIGMA)
     monkeypatch.setattr(cleanfid.features, "check_download_url", lambda **_: str(path))
-    mu, sigma = cleanfid.features.get_reference_statistics("x", "na", split="custom")
-    np.testing.assert_array_equal(mu, MU)
-    np.testing.assert_array_equal(sigma, SIGMA)
+    clean = cleanfid.features.get_reference_statistics("x", "na", split="custom")
+    np.testing.assert_array_equal(np.vstack(clean or ()), np.vstack([MU, SIGMA]))
     feats = cleanfid.features.get_reference_statistics("x", "na", split="custom", metric="KID")
     np.testing.assert_array_equal(feats, FEATURES)
 
@@ -423,8 +448,10 @@ def test_converting_feature_stats_divides_by_n_minus_1_as_the_readers_of_npz_exp
 def test_another_divisor_needs_the_number_of_images():
     assert OWN.with_ddof(1) is OWN
     torch.testing.assert_close(OWN.with_ddof(0).with_ddof(1).covariance, OWN.covariance, rtol=1e-15, atol=0)
-    with pytest.raises(UserError, match="only where n is known"):
+    with pytest.raises(UserError, match="got n = not known"):
         replace(OWN, n=None).with_ddof(0)
+    with pytest.raises(UserError, match="known n above 1, got n = 1"):
+        replace(OWN, n=1, ddof=0).with_ddof(1)
 
 
 def test_the_number_of_images_comes_from_the_file_or_the_caller_and_must_agree():
@@ -477,7 +504,5 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_pickle_written_here_names_nothing_but_numpy():
-    import pickletools
-
     names = {argument for _, argument, _ in pickletools.genops(pickled(edm2())) if isinstance(argument, str)}
     assert {name for name in names if "." in name} == {"numpy._core.multiarray"}

@@ -41,12 +41,12 @@ class Statistics:
         """The same sums divided by ``n - ddof``.
 
         Raises:
-            UserError: the number of images is not known.
+            UserError: the number of images is not known, or too small.
         """
         if ddof == self.ddof:
             return self
-        if self.n is None:
-            raise UserError(f"a covariance over n - {self.ddof} becomes one over n - {ddof} only where n is known")
+        if self.n is None or self.n <= ddof:
+            raise UserError(f"a covariance over n - {ddof} needs a known n above {ddof}, got n = {self.n or 'not known'}")
         return replace(self, covariance=self.covariance * ((self.n - self.ddof) / (self.n - ddof)), ddof=ddof)
 
     def moments(self, count: int | None = None) -> Moments:
