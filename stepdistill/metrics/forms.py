@@ -46,7 +46,9 @@ class Statistics:
         if ddof == self.ddof:
             return self
         if self.n is None or self.n <= ddof:
-            raise UserError(f"a covariance over n - {ddof} needs a known n above {ddof}, got n = {self.n or 'not known'}")
+            raise UserError(
+                f"a covariance over n - {ddof} needs a known n above {ddof}, got n = {self.n or 'not known'}"
+            )
         return replace(self, covariance=self.covariance * ((self.n - self.ddof) / (self.n - ddof)), ddof=ddof)
 
     def moments(self, count: int | None = None) -> Moments:
