@@ -30,6 +30,8 @@ WRAPPERS = {"methods.disback"}
 """Papers about other papers' methods, which they may import."""
 METRICS = {"metrics.frechet", "metrics.digits", "images", "evaluation", "fid"}
 """Metrics, with all of ``stepdistill/metrics``, know of images, and nothing of what made them."""
+PICKLED = "stepdistill/metrics/pickled.py"
+"""Reads pickles of other tools by an unpickler that runs nothing of them; no other file imports pickle."""
 MODELS = {"methods", "trainer", "checkpoints", "distill", "teacher", "train_teacher", "train_text_teacher", "export"}
 ACCELERATE = {"trainer", "dry_run", "checkpoints", "distill", "train_teacher", "preflight", "snapshots", "__main__"}
 
@@ -109,6 +111,8 @@ def violations(sources: dict[str, str]) -> list[str]:
         limit = 200 if is_paper(name_of(path)) else 300
         if path.startswith("stepdistill/") and lines > limit:
             problems.append(f"has {lines} lines, more than {limit}")
+        if path == PICKLED:
+            problems = [problem for problem in problems if problem != "imports pickle"]
         problems += re.findall(r"\b(?:TODO|FIXME|XXX)\b", source)
         found += [f"{path}: {problem}" for problem in problems]
     return sorted(found)
@@ -160,6 +164,7 @@ def test_the_tree_keeps_its_arrows_limits_and_manners(sources):
         ),
         ("stepdistill/new.py", "def f():\n    import pickle", "imports pickle"),
         ("eval/new.py", "from pickle import load", "imports pickle"),
+        ("stepdistill/metrics/new.py", "import pickle", "imports pickle"),
         ("training/new.py", "x = 1  # TO" + "DO later", "TO" + "DO"),
         ("stepdistill/new.py", "x = 1\n" * 301, "has 301 lines, more than 300"),
         ("stepdistill/methods/new.py", "x = 1\n" * 201, "has 201 lines, more than 200"),
@@ -191,6 +196,7 @@ def test_a_broken_rule_is_reported(path, source, problem):
         ("stepdistill/trainer.py", "from accelerate import Accelerator\nfrom .methods.base import Method"),
         ("stepdistill/teacher.py", "import diffusers\ngetattr(diffusers, 'DDPMScheduler')"),
         ("stepdistill/teacher.py", "torch.load('f', map_location='cpu', weights_only=True)"),
+        ("stepdistill/metrics/pickled.py", "import pickle"),
         ("pipelines/new.py", "import math\nimport torch\nfrom diffusers import DiffusionPipeline"),
         ("training/new.py", "from stepdistill.distill import distill\n" + "x = 1\n" * 400),
     ],

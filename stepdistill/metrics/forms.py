@@ -1,0 +1,172 @@
+"""Files of statistics, one form per tool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError, first_line
+from .frechet import Moments, moments_of
+from .pickled import read_pickle, read_torch
+
+KINDS = {"fid": "fid", "fd-dinov2": "fd_dinov2", "sfid": None}
+"""What statistics are for, and EDM2's name of it."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A Gaussian fit of features, and what is known of how it was made."""
+
+    mean: Tensor
+    """``(d,)`` float64."""
+    covariance: Tensor
+    """``(d, d)`` float64, the sum of squares divided by ``n - ddof``."""
+    n: int | None
+    """Images; most files do not say."""
+    ddof: int = 1
+    extractor: str | None = None
+    """As in ``protocols.EXTRACTORS``; most files do not say."""
+    features: Tensor | None = None
+    """``(n, d)``, where the file holds them."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_ddof(self, ddof: int) -> Statistics:
+        """The same sums divided by ``n - ddof``.
+
+        Raises:
+            UserError: the number of images is not known, or too small.
+        """
+        if ddof == self.ddof:
+            return self
+        if self.n is None or self.n <= ddof:
+            raise UserError(
+                f"a covariance over n - {ddof} needs a known n above {ddof}, got n = {self.n or 'not known'}"
+            )
+        return replace(self, covariance=self.covariance * ((self.n - self.ddof) / (self.n - ddof)), ddof=ddof)
+
+    def moments(self, count: int | None = None) -> Moments:
+        """As ``frechet.Reference`` takes them, ddof as it is.
+
+        Args:
+            count: images of the reference where the file does not say, as a protocol may.
+
+        Raises:
+            UserError: neither says, or they differ.
+        """
+        n = count if self.n is None else self.n
+        if n is None:
+            raise UserError("the statistics do not say how many images they are of; give the number")
+        if count not in (None, n):
+            raise UserError(f"the statistics are of {n} images, expected {count}")
+        return Moments(n, self.mean, self.covariance)
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """What is in the file at ``path``, by name; image arrays are named, not read.
+
+    Raises:
+        UserError: not there, of another kind, damaged, or with more than numbers in it.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; statistics are .npz, .pkl or .pt, downloaded where they are on the web")
+    suffix = path.suffix.lower()
+    if suffix in (".pkl", ".pickle"):
+        return read_pickle(path)
+    if suffix in (".pt", ".pth"):
+        return read_torch(path)
+    if suffix != ".npz":
+        raise UserError(f"statistics are .npz, .pkl or .pt, got {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: None if key == "arr_0" else file[key] for key in file}
+    except Exception as error:  # Damage shows as BadZipFile, zlib.error, EOFError, ValueError, TypeError and more.
+        if "allow_pickle" in str(error):
+            raise UserError(f"{path} holds Python objects, not plain arrays; save mu and sigma as float64") from error
+        raise UserError(f"{path} is truncated or not an .npz: {first_line(error)}") from error
+
+
+def statistics_in(content: dict[str, Any], kind: str) -> Statistics:
+    """The statistics of ``kind`` in what any of the tools wrote, not yet checked against each other.
+
+    Raises:
+        UserError: there are none, or their arrays are not finite floats of the right number of dimensions.
+    """
+    section = KINDS[kind]
+    mean, covariance = ("mu_s", "sigma_s") if kind == "sfid" else ("mu", "sigma")
+    if section in content:
+        extractor = "inception" if kind == "fid" else None
+        return _fit(content[section], "mu", "sigma", "EDM2", n=content.get("num_images"), extractor=extractor)
+    if mean in content and covariance in content:
+        if {"meta", "ddof"} <= content.keys():
+            return _own(content, kind, mean, covariance)
+        return _fit(content, mean, covariance, "mu and sigma")
+    if "raw_mean" in content and kind != "sfid":
+        return _stylegan(content)
+    if "feats" in content and kind != "sfid":
+        return _of_features(content["feats"], "feats")
+    if set(content) == {"arr_0"}:
+        raise UserError("it holds images (arr_0), not statistics; give it as images")
+    raise UserError(f"it holds no statistics for {kind}; it holds {', '.join(sorted(map(str, content))) or 'nothing'}")
+
+
+def _own(content: dict[str, Any], kind: str, mean: str, covariance: str) -> Statistics:
+    """Of this package's own file."""
+    meta = json.loads(content["meta"].item())
+    if meta["kind"] != kind:
+        raise UserError(f"it holds statistics for {meta['kind']}, expected {kind}")
+    fit = _fit(content, mean, covariance, "", n=int(content["n"]) if "n" in content else None)
+    features = torch.from_numpy(content["feats"]) if "feats" in content else None
+    return replace(fit, ddof=int(content["ddof"]), extractor=meta["extractor"], features=features, meta=meta)
+
+
+def _stylegan(content: dict[str, Any]) -> Statistics:
+    """Of ``FeatureStats``: sums over ``num_items`` features, or the features where it was told to keep those alone."""
+    if content.get("capture_mean_cov", True):
+        n = int(content["num_items"])
+        mean = _numbers("raw_mean", content["raw_mean"], 1) / max(n, 1)
+        covariance = _numbers("raw_cov", content["raw_cov"], 2) / max(n, 1) - np.outer(mean, mean)
+        return replace(_fit({"mu": mean, "sigma": covariance}, "mu", "sigma", "FeatureStats", n=n), ddof=0)
+    if content.get("all_features"):
+        return _of_features(np.concatenate(content["all_features"]), "FeatureStats")
+    raise UserError("its FeatureStats hold neither sums nor features")
+
+
+def _of_features(features: object, form: str) -> Statistics:
+    values = _numbers("feats", features, 2)
+    if len(values) < 2:
+        raise UserError(f"a covariance needs two features or more, got {len(values)}")
+    moments = moments_of(torch.from_numpy(values))
+    return Statistics(
+        moments.mean, moments.covariance, moments.n, features=torch.from_numpy(values), meta={"form": form}
+    )
+
+
+def _fit(
+    content: object, mean: str, covariance: str, form: str, *, n: int | None = None, extractor: str | None = None
+) -> Statistics:
+    if not (isinstance(content, dict) and mean in content and covariance in content):
+        raise UserError(f"{mean} and {covariance} are missing where {form} keeps them")
+    arrays = _numbers(mean, content[mean], 1), _numbers(covariance, content[covariance], 2)
+    meta = {"form": form, "stored": str(arrays[1].dtype)}
+    return Statistics(*(torch.from_numpy(array).double() for array in arrays), n=n, extractor=extractor, meta=meta)
+
+
+def _numbers(name: str, value: object, dimensions: int) -> np.ndarray:
+    """``value`` as finite float32 or float64 in native, contiguous order."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f" or array.dtype.itemsize < 4:
+        raise UserError(f"{name} is of dtype {array.dtype}, expected float64 or float32")
+    if array.ndim != dimensions:
+        raise UserError(f"{name} is of shape {array.shape}, expected {dimensions} dimension{'s' * (dimensions > 1)}")
+    if array.size == 0:
+        raise UserError(f"{name} is empty")
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} holds infinite or undefined values")
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
