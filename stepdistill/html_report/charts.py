@@ -72,7 +72,7 @@ def chart(lines: Sequence[Line], *, title: str, across: str) -> Markup:
     log = logarithmic(values)
     low, high = _range(values, log=log)
     upright = ticks(low, high, log=log)
-    left = 14 + _LETTER * max(len(short(value)) for value in upright)
+    left = max(46, 14 + _LETTER * max(len(short(value)) for value in upright))
     y = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, log)
     x = _Scale(0.0, max(point.x for line in lines for point in line.points) or 1.0, left, _WIDTH - _RIGHT, False)
     axes = [_upright(value, y(value), left) for value in upright]
@@ -113,12 +113,12 @@ def ticks(low: float, high: float, *, log: bool) -> list[float]:
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         apart = max(1, len(decades) // 6)
-        factors = (1, 2, 5) if len(decades) < 4 else (1,)
+        factors = (1, 2, 5) if high / low < 300 else (1,)
         found = [factor * 10.0**decade for decade in decades[::apart] for factor in factors]
         return [value for value in found if low <= value <= high]
-    rough = (high - low) / 4
-    base = 10.0 ** math.floor(math.log10(rough))
-    step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough * 0.999)
+    most = (high - low) / 3.5
+    base = 10.0 ** math.floor(math.log10(most))
+    step = max(base * factor for factor in (1, 2, 5) if base * factor <= most * 1.001)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from .charts import MOST_POINTS, Line, Point, chart, swatch
 from .markup import Markup, element, join
 from .run_folder import RunFolder, X
-from .tables import DISTANCE, duration, row, table
+from .tables import DISTANCE, duration, group, row, table
 
 _MOST = 12
 """Previews shown of a run, the first and the last among them."""
@@ -68,7 +68,7 @@ def _framed(file: Path, title: str, told: str, *, wide: bool = False) -> Markup:
     times = max(1, _SMALL // width)
     data = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     size = {"width": times * width, "height": times * height}
-    look = {"class": "pixels"} if times > 1 else {}
+    look = {"class": "pixels" if times > 1 else "large" if width > _SMALL else "plain"}
     image = element("img", {"src": data, "alt": f"{title} {told}".strip(), **size, **look})
     return element("figure", {"class": "wide"} if wide else {}, image, caption)
 
@@ -116,14 +116,14 @@ def _distance(runs: Sequence[RunFolder]) -> Markup:
     rows = []
     for style, run in enumerate(runs):
         if len(runs) > 1:
-            rows.append(row(join(swatch(style), run.name), [], kind="group"))
+            rows.append(group(run, style, 4))
         rows += [
             row(f"{line['step']:,.0f}", [f"{line['images']:,.0f}", duration(line["seconds"]), f"{line['fd']:.4g}"])
             for line in run.rows
             if "fd" in line
         ]
-    sections = [run.config["evaluate"] for run in runs if run.config.get("evaluate")]
-    counts = sorted({f"{section['curve_samples']}" for section in sections})
+    sections = [run.config.get("evaluate") for run in runs]
+    counts = {f"{section.get('curve_samples')}": None for section in sections if isinstance(section, dict)}
     values = element(
         "details",
         {},
@@ -131,7 +131,7 @@ def _distance(runs: Sequence[RunFolder]) -> Markup:
         table(["step", "images", "time", DISTANCE], rows, kind="numbers"),
     )
     note = (
-        f"Measured at every preview on {' or '.join(counts)} samples: fewer samples read higher, so that the curves "
+        f"Measured at every preview on {' or '.join(counts) or 'few'} samples: fewer samples read higher, so that the curves "
         "compare with each other, not with the table above."
     )
     return join(

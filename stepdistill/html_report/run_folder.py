@@ -123,18 +123,15 @@ def _read(path: Path, name: str) -> RunFolder:
         raise UserError(f"{path} has no metrics yet: metrics.jsonl must hold a line; wait for training.log_every steps")
     file = path / "evaluation.json"
     measured = _parsed(file, json.loads) if file.is_file() else []
-    # A list of rows, or the rows beside the versions that measured them.
-    measured, environment = (
-        (measured.get("rows", []), measured.get("environment", {})) if isinstance(measured, dict) else (measured, {})
-    )
+    generators, environment = _checked(file, _evaluation, measured)
     return RunFolder(
         path,
         name,
         config,
         _checked(path / "config.yaml", _stages, config),
         rows,
-        [_checked(file, _generator, row) for row in measured],
-        {str(key): str(value) for key, value in environment.items()},
+        generators,
+        environment,
     )
 
 
@@ -148,7 +145,7 @@ def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:  # noqa: ANN401
 def _checked(file: Path, read: Callable[[Any], Any], value: Any) -> Any:  # noqa: ANN401
     try:
         return read(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         kind = type(error).__name__
         raise UserError(f"{file} is not what `stepdistill distill` writes: {kind} {first_line(error)}") from None
 
@@ -176,6 +173,13 @@ def _stages(config: Any) -> tuple[tuple[str, int], ...]:  # noqa: ANN401
     str(config["teacher"])
     parts = config.get("stages") or [config]
     return tuple((str(part["method"]["name"]), int(part["steps"])) for part in parts)
+
+
+def _evaluation(measured: Any) -> tuple[list[Generator], dict[str, str]]:  # noqa: ANN401
+    """A list of rows, or ``{rows: [...], environment: {...}}`` with the versions that measured them."""
+    whole = measured if isinstance(measured, dict) else {"rows": measured}
+    versions = {str(name): str(version) for name, version in whole.get("environment", {}).items()}
+    return [_generator(row) for row in whole["rows"]], versions
 
 
 def _generator(row: dict[str, Any]) -> Generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
 
@@ -82,7 +82,9 @@ def _facts(run: RunFolder) -> dict[str, str]:
     if student:
         facts |= {f"Student, {_metric(key)}": _value(figure) for key, figure in student.figures.items()}
         facts["Network calls per image"] = f"{student.network_calls}"
-        facts["Images per second"] = f"{rounded(student.images_per_second)} ({_speedup(run, student)})"
+        facts["Images per second"] = rounded(student.images_per_second)
+        if run.generators[0] is not student:
+            facts["Speed-up"] = f"{_speedup(run, student)} against {run.generators[0].label}"
     return facts
 
 
@@ -92,8 +94,10 @@ def _metric(key: str) -> str:
 
 
 def _speedup(run: RunFolder, one: Generator) -> str:
-    first = run.generators[0].images_per_second
-    return f"{one.images_per_second / first:.1f}×" if first > 0 else _NONE
+    """Against the first that was measured, where that is a teacher."""
+    first = run.generators[0]
+    known = first is not run.student and first.images_per_second > 0
+    return f"{one.images_per_second / first.images_per_second:.1f}×" if known else _NONE
 
 
 def measured(runs: Sequence[RunFolder]) -> Markup:
@@ -113,19 +117,28 @@ def measured(runs: Sequence[RunFolder]) -> Markup:
         return [*made, f"{one.network_calls}", rounded(one.images_per_second), _speedup(run, one)]
 
     note = (
-        "± is one standard error; a debiased value estimates what infinitely many samples would give, n is how many "
-        f"there were. {DISTANCE} is a Fréchet distance: lower is better. Speed-up is against the first row."
+        "± is one standard error; a debiased value estimates what infinitely many samples, in place of n, would give. "
     )
-    main = table(head, _grouped(runs, cells), kind="numbers")
+    note += f"{DISTANCE} is a Fréchet distance: lower is better. " if "distance" in keys else ""
+    note += "Speed-up is against the first row."
+    main = table(head, _grouped(runs, cells, len(head)), kind="numbers")
     return join(main, element("p", {"class": "note"}, note), _balance(runs))
 
 
-def _grouped(runs: Sequence[RunFolder], cells: Any) -> list[Markup]:  # noqa: ANN401
+def group(run: RunFolder, style: int, columns: int, told: str = "") -> Markup:
+    """The row above those of one run."""
+    name = element("th", {"colspan": columns, "scope": "rowgroup"}, swatch(style), run.name, told)
+    return element("tr", {"class": "group"}, name)
+
+
+def _grouped(
+    runs: Sequence[RunFolder], cells: Callable[[RunFolder, Generator], list[str]], columns: int
+) -> list[Markup]:
     """A row for every generator, under the name of its run where there are several; the student's stands out."""
     made = []
-    for k, run in enumerate(runs):
+    for style, run in enumerate(runs):
         if len(runs) > 1:
-            made.append(row(join(swatch(k), run.name), [], kind="group"))
+            made.append(group(run, style, columns, "" if run.generators else ": not measured yet"))
         made += [row(g.label, cells(run, g), kind="student" if g is run.student else "") for g in run.generators]
     return made
 
@@ -138,17 +151,17 @@ def _balance(runs: Sequence[RunFolder]) -> Markup:
     most = max(share for run in runs for one in run.generators for share in one.class_shares) or 1.0
 
     def cells(run: RunFolder, one: Generator) -> list[str]:
-        bars = [
+        bars: list[str] = [
             element("td", {"style": f"--share:{share / most:.3f}", "class": "bar"}, f"{share:.1%}")
             for share in one.class_shares
         ]
-        return [*bars, f"{min(one.class_shares):.1%}"]
+        return [*bars, *[_NONE] * (classes - len(bars)), f"{min(one.class_shares):.1%}" if bars else _NONE]
 
     note = "Share of the samples that the bundled classifier takes for each digit; the last column is the rarest."
     head = ["", *map(str, range(classes)), "rarest"]
     return join(
         element("h3", {}, "Class balance"),
-        table(head, _grouped(runs, cells), kind="numbers balance"),
+        table(head, _grouped(runs, cells, len(head)), kind="numbers balance"),
         element("p", {"class": "note"}, note),
     )
 
