@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .charts import MOST_POINTS, Line, Point, chart, swatch
+from .charts import MOST_POINTS, Line, Point, chart, logarithmic, swatch
 from .markup import Markup, element, join
 from .run_folder import RunFolder, X
 from .tables import DISTANCE, duration, group, row, table
@@ -130,9 +130,10 @@ def _distance(runs: Sequence[RunFolder]) -> Markup:
         element("summary", {}, "The values"),
         table(["step", "images", "time", DISTANCE], rows, kind="numbers"),
     )
+    on = f" on {' or '.join(counts)} samples" if counts else ""
     note = (
-        f"Measured at every preview on {' or '.join(counts) or 'few'} samples: fewer samples read higher, so that the curves "
-        "compare with each other, not with the table above."
+        f"Measured at every preview{on}; fewer samples read higher, so that the curves compare with each other and not "
+        "with the table above."
     )
     return join(
         element("h3", {}, "Distance"),
@@ -148,8 +149,10 @@ def _signal(runs: Sequence[RunFolder], name: str) -> Markup:
 
 
 def _figure(title: str, lines: Sequence[Line], across: str) -> Markup:
-    inside = chart(lines, title=title, across=across) if any(line.points for line in lines) else "no finite values"
-    return element("figure", {}, element("figcaption", {}, element("b", {}, title)), inside)
+    values = [point.y for line in lines for point in line.points]
+    told = element("span", {}, "logarithmic") if values and logarithmic(values) else ""
+    inside = chart(lines, title=title, across=across) if values else element("p", {}, "No finite values.")
+    return element("figure", {}, element("figcaption", {}, element("b", {}, title), told), inside)
 
 
 def _lines(runs: Sequence[RunFolder], name: str, across: str, size: float = 1.0) -> list[Line]:

@@ -204,21 +204,23 @@ def settings(runs: Sequence[RunFolder]) -> Markup:
     """The recipes, a line per key; of several runs first the keys in which they differ."""
     flat = [dict(_flat(run.config)) for run in runs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
-    unlike = {key for key in keys if len({values.get(key) for values in flat}) > 1}
 
-    def rows(chosen: Iterable[str]) -> list[Markup]:
-        return [
-            row(key, [values.get(key, _NONE) for values in flat], kind="unlike" if key in unlike else "")
-            for key in chosen
-        ]
+    def line(key: str) -> Markup:
+        first, *others = (values.get(key, _NONE) for values in flat)
+        return row(key, [first, *(_unlike(other) if other != first else other for other in others)])
 
-    whole = table(["key", *_heads(runs)], rows(keys), kind="settings")
+    whole = table(["key", *_heads(runs)], map(line, keys), kind="settings")
     if len(runs) == 1:
         return whole
-    told = [key for key in keys if key in unlike - {"output_dir"}]
-    first = table(["key", *_heads(runs)], rows(told), kind="settings") if told else element("p", {}, "None.")
-    every = element("details", {}, element("summary", {}, f"All {len(keys)} keys; those that differ are marked"), whole)
-    return join(element("h3", {}, "Differences"), first, every)
+    told = [key for key in keys if key != "output_dir" and len({values.get(key) for values in flat}) > 1]
+    first = table(["key", *_heads(runs)], map(line, told), kind="settings") if told else element("p", {}, "None.")
+    note = element("p", {"class": "note"}, "Marked is what differs from the first run.")
+    every = element("details", {}, element("summary", {}, f"All {len(keys)} keys"), whole)
+    return join(element("h3", {}, "Differences"), first, note, every)
+
+
+def _unlike(said: str) -> Markup:
+    return element("td", {"class": "unlike"}, said)
 
 
 def _flat(value: Any, key: str = "") -> Iterable[tuple[str, str]]:  # noqa: ANN401
