@@ -222,16 +222,24 @@ def test_a_half_written_last_line_is_left_out(tmp_path):
     assert page_of(run).row("Training steps") == ["200 of 400"]
 
 
-def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path):
+def test_values_that_cannot_be_drawn_are_left_out_and_counted(tmp_path):
     run = make_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(
             '{"step": 400, "images": 1, "seconds": 1, "student/loss": NaN, "fake/loss": Infinity, "gone": NaN}\n'
         )
+        file.write('{"step": 400, "images": 1, "seconds": 1, "student/loss": 1e308, "fake/loss": 5e-324, "same": 0}\n')
     text = write_report([run]).read_text()
-    assert "3 values that are not finite are left out" in text
-    assert "No finite values." in text
-    assert "nan" not in "".join(re.findall(r'points="[^"]*"', text))
+    assert "5 values that are not finite, or beyond 1e±100, are left out" in text
+    assert "No values to draw." in text
+    assert not re.search("nan|inf", "".join(re.findall(r'points="[^"]*"', text)))
+
+
+def test_half_a_character_in_a_name_is_written_as_its_number(tmp_path):
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 400, "images": 1, "seconds": 1, "half\ud800": 1}) + "\n")
+    assert "half&#55296;" in write_report([run]).read_text()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     temporary = out.with_name(f".{out.name}.tmp")
     try:
-        temporary.write_text(made, encoding="utf-8")
+        temporary.write_text(made, encoding="utf-8", errors="xmlcharrefreplace")  # of half characters in JSON
         temporary.replace(out)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class Line:
     Args:
         name: in the tooltips.
         style: number of its colour and dashes, from 0.
-        points: finite, from left to right.
+        points: ``drawable``, from left to right.
     """
 
     name: str
@@ -101,6 +101,11 @@ def thinned(points: Sequence[Point]) -> Sequence[Point]:
         Point(_mean([p.x for p in part]), y := _mean([p.y for p in part]), f"mean of {len(part)}: {y:.4g}")
         for part in parts
     ]
+
+
+def drawable(value: float) -> bool:
+    """Whether a value is finite and of a size that a chart's arithmetic can bear."""
+    return value == 0 or 1e-100 < abs(value) < 1e100
 
 
 def logarithmic(values: Sequence[float]) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .charts import MOST_POINTS, Line, Point, chart, logarithmic, swatch
+from .charts import MOST_POINTS, Line, Point, chart, drawable, logarithmic, swatch
 from .markup import Markup, element, join
 from .run_folder import RunFolder, X
 from .tables import DISTANCE, duration, group, row, table
@@ -105,8 +105,8 @@ def _reading(runs: Sequence[RunFolder]) -> str:
     said = "Every point reads its numbers when pointed at."
     if any(len(run.rows) > MOST_POINTS for run in runs):
         said += f" Lines of more than {MOST_POINTS} points show means of neighbours."
-    lost = sum(not math.isfinite(value) for run in runs for line in run.rows for value in line.values())
-    return said + (f" {lost:,} values that are not finite are left out." if lost else "")
+    lost = sum(not drawable(value) for run in runs for line in run.rows for value in line.values())
+    return said + (f" {lost:,} values that are not finite, or beyond 1e±100, are left out." if lost else "")
 
 
 def _distance(runs: Sequence[RunFolder]) -> Markup:
@@ -151,7 +151,7 @@ def _signal(runs: Sequence[RunFolder], name: str) -> Markup:
 def _figure(title: str, lines: Sequence[Line], across: str) -> Markup:
     values = [point.y for line in lines for point in line.points]
     told = element("span", {}, "logarithmic") if values and logarithmic(values) else ""
-    inside = chart(lines, title=title, across=across) if values else element("p", {}, "No finite values.")
+    inside = chart(lines, title=title, across=across) if values else element("p", {}, "No values to draw.")
     return element("figure", {}, element("figcaption", {}, element("b", {}, title), told), inside)
 
 
@@ -164,7 +164,7 @@ def _lines(runs: Sequence[RunFolder], name: str, across: str, size: float = 1.0)
             [
                 Point(line[across] / size, line[name], f"{line[name]:.4g} at step {line['step']:,.0f}, {_told(line)}")
                 for line in run.rows
-                if math.isfinite(line.get(name, math.nan))
+                if drawable(line.get(name, math.nan))
             ],
         )
         for style, run in enumerate(runs)
