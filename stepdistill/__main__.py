@@ -1,4 +1,4 @@
-"""The command line: ``stepdistill distill | export | push | sample | teacher | fid | configs | methods``.
+"""The command line: ``stepdistill distill | export | report | push | sample | teacher | fid | configs | methods``.
 
 Heavy imports wait until a command really runs, so that help answers at once.
 """
@@ -101,6 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="output_dir of the run")
     export.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of its recipe")
 
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page about runs",
+        description="Write one self-contained HTML page about one or several runs, finished or not.",
+        epilog="example: stepdistill report runs/digits_sid runs/digits_dmd --out compared.html",
+        formatter_class=_RAW,
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
+    report.add_argument("--out", type=Path, help="file (RUN/report.html; of several runs report.html)")
+
     push = commands.add_parser(
         "push",
         help="upload a student to the hub",
@@ -163,18 +173,7 @@ def _count(text: str) -> int:
 def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
     match arguments.command:
         case "distill":
-            from .config import Config
-            from .recipe import parse
-
-            config = parse(Config, arguments.config, arguments.overrides)
-            if arguments.dry_run:
-                from .dry_run import dry_run
-
-                print(dry_run(config, tflops=arguments.tflops))
-            else:
-                from .distill import distill
-
-                distill(config)
+            _distill(arguments)
         case "teacher":
             from .recipe import parse
             from .train_teacher import TeacherConfig, train_teacher
@@ -205,6 +204,10 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
             from .distill import export_run
 
             export_run(arguments.run, arguments.overrides)
+        case "report":
+            from .html_report import write_report
+
+            print(write_report(arguments.runs, arguments.out))
         case "push":
             from .push import push
 
@@ -226,6 +229,21 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> int:
         case "methods":
             _methods()
     return 0
+
+
+def _distill(arguments: argparse.Namespace) -> None:
+    from .config import Config
+    from .recipe import parse
+
+    config = parse(Config, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from .dry_run import dry_run
+
+        print(dry_run(config, tflops=arguments.tflops))
+    else:
+        from .distill import distill
+
+        distill(config)
 
 
 def _configs(name: str | None) -> None:

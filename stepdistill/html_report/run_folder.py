@@ -1,0 +1,202 @@
+"""What the files of a run say, checked as they are read: its recipe, where it is, what was logged and measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError, first_line
+
+X = ("step", "images", "seconds")
+"""What every row of ``metrics.jsonl`` has."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number of ``evaluation.json``: its standard error, its estimate for infinitely many samples."""
+
+    value: float
+    se: float | None
+    debiased: float | None
+    n: int | None
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What was measured of the teacher in some number of steps, or of the student."""
+
+    label: str
+    network_calls: int
+    images_per_second: float
+    figures: dict[str, Figure]
+    class_shares: Sequence[float]
+    diversity: float | None
+    prompt_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run, finished or not."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    """``config.yaml`` as it is."""
+    stages: tuple[tuple[str, int], ...]
+    """Recipe name of each method and its training steps."""
+    rows: list[dict[str, float]]
+    """``metrics.jsonl``, oldest first."""
+    generators: list[Generator]
+    """``evaluation.json``, the student last; empty before."""
+    environment: dict[str, str]
+    """Versions that ``evaluation.json`` names."""
+
+    @property
+    def steps(self) -> int:
+        """Training steps that the recipe asks for."""
+        return sum(steps for _, steps in self.stages)
+
+    @property
+    def methods(self) -> list[str]:
+        """Recipe names of the methods, each once."""
+        return list(dict.fromkeys(name for name, _ in self.stages))
+
+    @property
+    def step(self) -> int:
+        """The last step that a log line or a checkpoint knows of."""
+        before, found = 0, [int(self.rows[-1]["step"])]
+        for number, (_, steps) in enumerate(self.stages, 1):
+            folder = self.path / "checkpoints" / (f"stage_{number}" if len(self.stages) > 1 else "")
+            names = [path.name.removeprefix("step_") for path in folder.glob("step_*")]
+            found += [before + int(name) for name in names if name.isdecimal()]
+            before += steps
+        return max(found)
+
+    @property
+    def status(self) -> str:
+        """How far the run has come."""
+        if self.step < self.steps:
+            at = f"not finished: at step {self.step:,} of {self.steps:,}"
+            return f"{at}; the numbers are of an earlier export" if self.generators else at
+        # The picture is the last that a run writes of its student.
+        return "finished" if (self.path / "student.png").is_file() else "trained, not yet exported and evaluated"
+
+    @property
+    def previews(self) -> list[tuple[int, Path]]:
+        """Step and file of every preview of the student."""
+        found = [(path.stem.removeprefix("step_"), path) for path in sorted(self.path.glob("previews/step_*.png"))]
+        return [(int(step), path) for step, path in found if step.isdecimal()]
+
+    @property
+    def student(self) -> Generator | None:
+        """What was measured of the student."""
+        return next((row for row in self.generators if row.label == "student"), None)
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """The runs in ``paths``, each under the shortest end of its path that tells it from the others.
+
+    Raises:
+        UserError: a folder is no run, has logged nothing yet, is named twice, or holds a damaged file.
+    """
+    whole = [path.resolve() for path in paths]
+    for path in whole:
+        if whole.count(path) > 1:
+            raise UserError(f"the run {path} is named twice; name each once")
+    longest = max(len(path.parts) for path in whole)
+    depth = next(n for n in range(1, longest + 1) if len({path.parts[-n:] for path in whole}) == len(whole))
+    return [_read(path, "/".join(path.parts[-depth:])) for path in whole]
+
+
+def _read(path: Path, name: str) -> RunFolder:
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is no run: it has no config.yaml; give the output_dir of `stepdistill distill`")
+    config = _parsed(path / "config.yaml", yaml.safe_load)
+    rows = _history(path / "metrics.jsonl")
+    if not rows:
+        raise UserError(f"{path} has no metrics yet: metrics.jsonl must hold a line; wait for training.log_every steps")
+    file = path / "evaluation.json"
+    measured = _parsed(file, json.loads) if file.is_file() else []
+    generators, environment = _checked(file, _evaluation, measured)
+    return RunFolder(
+        path,
+        name,
+        config,
+        _checked(path / "config.yaml", _stages, config),
+        rows,
+        generators,
+        environment,
+    )
+
+
+def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:  # noqa: ANN401
+    try:
+        return parse(file.read_text())
+    except (ValueError, yaml.YAMLError) as error:  # broken UTF-8 and JSON are ValueErrors
+        raise UserError(f"{file} cannot be read: {first_line(error)}; restore it from a copy") from None
+
+
+def _checked(file: Path, read: Callable[[Any], Any], value: Any) -> Any:  # noqa: ANN401
+    try:
+        return read(value)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        kind = type(error).__name__
+        raise UserError(f"{file} is not what `stepdistill distill` writes: {kind} {first_line(error)}") from None
+
+
+def _history(file: Path) -> list[dict[str, float]]:
+    """The rows of ``metrics.jsonl``; a last line that is only half written is left out, as on resume."""
+    lines = _parsed(file, lambda text: text.split("\n")[:-1]) if file.is_file() else []
+    return [_checked(file, _row, line) for line in lines]
+
+
+def _row(line: str) -> dict[str, float]:
+    row = {name: _number(value) for name, value in json.loads(line).items()}
+    if not all(math.isfinite(row[name]) for name in X):
+        raise ValueError(f"expected finite {', '.join(X)}, got {line}")
+    return row
+
+
+def _number(value: Any) -> float:  # noqa: ANN401
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected a number, got {value!r}")
+    return value
+
+
+def _stages(config: Any) -> tuple[tuple[str, int], ...]:  # noqa: ANN401
+    str(config["teacher"])
+    parts = config.get("stages") or [config]
+    return tuple((str(part["method"]["name"]), int(part["steps"])) for part in parts)
+
+
+def _evaluation(measured: Any) -> tuple[list[Generator], dict[str, str]]:  # noqa: ANN401
+    """A list of rows, or ``{rows: [...], environment: {...}}`` with the versions that measured them."""
+    whole = measured if isinstance(measured, dict) else {"rows": measured}
+    versions = {str(name): str(version) for name, version in whole.get("environment", {}).items()}
+    return [_generator(row) for row in whole["rows"]], versions
+
+
+def _generator(row: dict[str, Any]) -> Generator:
+    figures = {key: _figure(value) for key, value in row.items() if isinstance(value, dict) and "value" in value}
+    maybe = {key: _number(row[key]) for key in ("diversity", "prompt_accuracy") if row.get(key) is not None}
+    return Generator(
+        str(row["label"]),
+        int(_number(row["network_calls"])),
+        _number(row["images_per_second"]),
+        figures,
+        [_number(share) for share in row.get("class_shares") or ()],
+        maybe.get("diversity"),
+        maybe.get("prompt_accuracy"),
+    )
+
+
+def _figure(told: dict[str, Any]) -> Figure:
+    known = {key: _number(told[key]) for key in ("se", "debiased", "n") if told.get(key) is not None}
+    n = known.get("n")
+    return Figure(_number(told["value"]), known.get("se"), known.get("debiased"), None if n is None else int(n))
