@@ -183,7 +183,7 @@ def streamed(count: int, dimension: int) -> None:
     """Sums of ten jackknife groups."""
     sums = FeatureSums(dimension)
     for start in range(0, count, BATCH):
-        sums.add(torch.randn(min(BATCH, count - start), dimension), start)
+        sums.add(torch.randn(min(BATCH, count - start), dimension), range(start, min(start + BATCH, count)))
     sums.moments()
 
 

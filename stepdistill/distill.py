@@ -108,7 +108,13 @@ class Run:
         """Build the trainer of stage ``index``, whose student starts as ``student`` or as the teacher."""
         self.index, stage = index, self.stages[index]
         self.stage, self.training, self.sampler = stage, cast(Training, stage.training), self.samplers[index]
-        self.start = sum(earlier.steps for earlier in self.stages[:index])
+        before = self.stages[:index]
+        self.start = sum(earlier.steps for earlier in before)
+        self.images = self.accelerator.num_processes * sum(
+            earlier.steps * told.batch_size * told.gradient_accumulation
+            for earlier in before
+            for told in [cast(Training, earlier.training)]
+        )
         place = f"stage_{index + 1}" if len(self.stages) > 1 else ""
         tune(self.taught.network, self.training)  # before adapters share its memory
         self.trainer = Trainer(
@@ -233,7 +239,8 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         seconds = self._seconds + time.monotonic() - self._resumed
-        row = {"step": step, "images": step * self.trainer.images_per_step, "seconds": round(seconds, 2), **values}
+        images = self.images + (step - self.start) * self.trainer.images_per_step
+        row = {"step": step, "images": images, "seconds": round(seconds, 2), **values}
         with self._metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.accelerator.log(values, step=step)

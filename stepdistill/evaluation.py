@@ -58,7 +58,7 @@ class Evaluator:
     def _sums(self, images: Tensor) -> FeatureSums:
         sums = FeatureSums(self.extractor.dimension)
         for start in range(0, len(images), 1000):
-            sums.add(self.extractor(images[start : start + 1000]), start)
+            sums.add(self.extractor(images[start : start + 1000]), range(start, min(start + 1000, len(images))))
         return sums
 
     def floor(self, images: Tensor, seed: int) -> float:
@@ -93,7 +93,7 @@ class Evaluator:
             began = time.perf_counter()
             images = to_uint8(generate(ids)).cpu()
             speeds.append(len(ids) / (time.perf_counter() - began))
-            sums.add(self.extractor(images), start)
+            sums.add(self.extractor(images), ids)
             seen.append(self.extractor.classify(images).cpu())
         found = torch.cat(seen)
         shares = torch.bincount(found, minlength=10) / samples

@@ -1,17 +1,24 @@
-"""The command ``stepdistill fid``: the Frechet distance between two sets of images."""
+"""The command ``stepdistill fid``: FID, CLIP score and the rest, by the protocols of published tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import time
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-_CALC = """Compare the images A with the reference images B. Either is a folder of images (read recursively),
-an .npz with uint8 arr_0 (N, H, W[, C]), builtin:digits or builtin:digits_text."""
-_EXAMPLE = "example:\n  stepdistill fid calc runs/digits_sid/samples builtin:digits --json"
+if TYPE_CHECKING:
+    from .scoring import Options
+
+_SOURCES = """images: a folder (read recursively), .zip, .npz with arr_0, .npy shards, builtin:digits
+reference: images, or statistics as .npz, .pkl or .pt of this command, EDM, EDM2, pytorch-fid, clean-fid, ADM, SiD"""
+_EXAMPLE = """examples:
+  stepdistill fid calc runs/images builtin:digits --json
+  stepdistill fid gen runs/digits_sid/student builtin:digits --num 5000
+  stepdistill fid presets"""
+Run = Callable[[argparse.Namespace], int]
+_STYLE = argparse.RawDescriptionHelpFormatter
 
 
 def main(argv: list[str]) -> int:
@@ -20,65 +27,174 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: an input that cannot be read or compared.
     """
-    arguments = _parser().parse_args(argv)
-    result = calc(arguments.images, arguments.reference)
-    print(json.dumps(result) if arguments.json else _table(result))
+    told = _parser().parse_args(argv)
+    return told.run(told)
+
+
+def _calc(told: argparse.Namespace) -> int:
+    from .scoring import calc
+
+    return _show(calc(told.images, told.reference, _options(told)), told)
+
+
+def _gen(told: argparse.Namespace) -> int:
+    from .generating import gen
+
+    record = gen(
+        told.pipeline,
+        told.reference,
+        _options(told),
+        steps=told.steps,
+        labels=tuple(told.labels) if told.labels else None,
+        guidance_scale=told.guidance_scale,
+        repeats=told.repeats,
+        save_images=told.save_images,
+        trust_remote_code=told.trust_remote_code,
+    )
+    return _show(record, told)
+
+
+def _ref(told: argparse.Namespace) -> int:
+    from .scoring import ref
+
+    ref(told.images, told.out, _options(told))
+    print(told.out)
     return 0
 
 
-def calc(images: str, reference: str) -> dict[str, Any]:
-    """Distance of ``images`` to ``reference``, both sources for ``load_images``, as a record ready for JSON.
+def _compare(told: argparse.Namespace) -> int:
+    from .scoring import compare
 
-    Raises:
-        UserError: an input that cannot be read or compared.
-    """
-    began = time.perf_counter()
-    from .evaluation import Evaluator  # Here, so that --help does not wait for torch.
-    from .images import load_images
-
-    evaluator = Evaluator(reference)
-    distance = evaluator.distance(load_images(images))
-    return {
-        "metric": evaluator.extractor.name,
-        "value": distance.value,
-        "se": distance.se,
-        "debiased": distance.debiased,
-        "n": distance.n,
-        "n_ref": evaluator.reference.moments.n,
-        "images": images,
-        "reference": reference,
-        "seconds": round(time.perf_counter() - began, 3),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in ("stepdistill", "torch", "numpy", "pillow")},
-        },
-    }
+    return _show(compare(told.a, told.b, _options(told)), told)
 
 
-def _table(result: dict[str, Any]) -> str:
-    debiased = "n/a" if result["debiased"] is None else f"{result['debiased']:z.4f}"
-    row = (result["metric"], f"{result['value']:z.4f} +- {result['se']:.4f}", debiased, result["n"], result["n_ref"])
-    head = ("metric", "value +- se", "debiased", "n", "n_ref")
-    return "\n".join(f"{a:<14}{b:<20}{c:<10}{d:>8}{e:>8}" for a, b, c, d, e in (head, row))
+def _convert(told: argparse.Namespace) -> int:
+    from .metrics.statistics import convert
+
+    found = convert(told.source, told.target, kind=told.kind)
+    print(f"{told.target}: {len(found.mean)} features of {found.n or 'an unknown number of'} images")
+    return 0
+
+
+def _presets(told: argparse.Namespace) -> int:
+    from .metrics.presets import protocol, table
+
+    print(protocol(told.name).text() if told.name else table())
+    return 0
+
+
+def _doctor(told: argparse.Namespace) -> int:
+    from .metrics.doctor import report
+
+    rows = report()
+    for row in rows:
+        print(f"{row.state:<8} {row.kind:<8} {row.name}: {row.detail}")
+    return 1 if any(row.state == "wrong" for row in rows) else 0
+
+
+def _show(record: dict[str, Any], told: argparse.Namespace) -> int:
+    from .metrics.ranks import rank_and_world
+
+    if rank_and_world()[0] == 0:
+        print(json.dumps(record) if told.json else table_of(record))
+    return 0
+
+
+def table_of(record: dict[str, Any]) -> str:
+    """A record for people."""
+    fields = record["protocol"]["fields"]
+    lines = [f"{'metric':<14}{'value +- se':<22}{'debiased':<12}{'n':>8}"]
+    for name, found in record["metrics"].items():
+        shown = "fd-digits-v1" if (name, fields["extractor"]) == ("fid", "digits") else name
+        debiased = "n/a" if found["debiased"] is None else f"{found['debiased']:z.4f}"
+        error = "" if found["se"] is None else f" +- {found['se']:.4f}"
+        value = f"{found['value']:z.4f}{error}"
+        lines.append(f"{shown:<14}{value:<22}{debiased:<12}{found['n']:>8}")
+    if record["skipped"]:
+        lines.append(f"{len(record['skipped'])} images could not be read, the first {record['skipped'][0]}")
+    if cost := record.get("cost"):
+        lines.append(f"{cost['images_per_second']:.1f} images/s, {cost['peak_bytes'] / 1e9:.2f} GB at most")
+    return "\n".join([*lines, f"protocol {record['protocol']['name']} ({record['protocol']['digest']})"])
+
+
+def _options(told: argparse.Namespace) -> Options:
+    from .scoring import Options
+
+    return Options(
+        preset=told.preset,
+        metrics=tuple(told.metrics.split(",")) if told.metrics else None,
+        count=told.num,
+        prompts=told.prompts,
+        weights=told.weights,
+        trust=told.trust,
+        download=told.download,
+        batch_size=told.batch_size,
+        workers=told.workers,
+        features=told.features,
+        skip_broken=told.skip_broken,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="stepdistill fid",
-        description="Frechet distances between sets of images, in float64, with their statistical error.",
+        description="FID, CLIP score and the rest with their errors, by the protocols of published tables.",
         epilog=_EXAMPLE,
-        formatter_class=style,
+        formatter_class=_STYLE,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "calc",
-        help="compare images with reference images",
-        description=_CALC,
-        epilog=_EXAMPLE,
-        formatter_class=style,
+
+    def command(name: str, run: Run, text: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.\n\n{_SOURCES}",
+            epilog=f"example:\n  stepdistill fid {example}", formatter_class=_STYLE,
+        )  # fmt: skip
+        made.set_defaults(run=run)
+        return made
+
+    calc = command("calc", _calc, "score images against a reference", "calc runs/images builtin:digits --json")
+    calc.add_argument("images", metavar="IMAGES", help="the images to judge")
+    calc.add_argument("reference", metavar="REFERENCE", help="what to compare them with")
+    gen = command(
+        "gen", _gen, "generate with a pipeline and score in memory", "gen STUDENT refs.npz --preset edm-cifar10"
     )
-    command.add_argument("images", metavar="A", help="the images to judge")
-    command.add_argument("reference", metavar="B", help="the images to compare with")
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    gen.add_argument("pipeline", metavar="PIPELINE", help="an exported student, or a teacher's folder or hub id")
+    gen.add_argument("reference", metavar="REFERENCE", help="what to compare the images with")
+    gen.add_argument("--steps", type=int, help="network calls of a teacher, 50 by default")
+    gen.add_argument("--labels", type=int, nargs="+", help="class labels to take in turn; all by default")
+    gen.add_argument("--guidance-scale", type=float, default=1.0, help="of a teacher")
+    gen.add_argument("--repeats", type=int, help="sets of images, in place of the protocol's")
+    gen.add_argument("--save-images", type=Path, metavar="DIR", help="also keep the images, as PNG")
+    gen.add_argument("--trust-remote-code", action="store_true", help="run the pipeline file that a student comes with")
+    ref = command("ref", _ref, "write the statistics of reference images", "ref IMAGES --preset clean --out stats.npz")
+    ref.add_argument("images", metavar="IMAGES", help="the reference images")
+    ref.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz, or EDM2's .pkl by `convert`")
+    compare = command("compare", _compare, "difference of two runs on common seeds", "compare features_a features_b")
+    compare.add_argument("a", type=Path, metavar="A", help="--features folder of one run")
+    compare.add_argument("b", type=Path, metavar="B", help="of the other")
+    for made in (calc, gen, ref, compare):
+        _shared(made)
+    convert = command("convert", _convert, "rewrite statistics in another form", "convert img64.pkl img64.npz")
+    convert.add_argument("source", metavar="IN")
+    convert.add_argument("target", metavar="OUT", help=".npz or .pkl (EDM2)")
+    convert.add_argument("--kind", default="fid", help="fid, fd-dinov2 or sfid, of files that hold several")
+    presets = command("presets", _presets, "list the protocols, or spell one out", "presets coco30k-gigagan")
+    presets.add_argument("name", nargs="?", metavar="NAME")
+    command("doctor", _doctor, "say which weights are found, and test the arithmetic", "doctor")
     return parser
+
+
+def _shared(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--preset", metavar="NAME", help="protocol; digits against builtin:digits, clean otherwise, by default")
+    add("--metrics", metavar="A,B", help="in place of the protocol's: fid,kid,fd-dinov2,clip-fid,cmmd,prdc,is,clip,...")
+    add("--num", type=int, metavar="N", help="the first N images")
+    add("--prompts", metavar="FILE", help="one prompt an image, a line each")
+    add("--weights", metavar="FILE", help="weights of the network, or a folder of them")
+    add("--trust", action="store_true", help="take weights with another checksum than the published")
+    add("--download", action="store_true", help="fetch weights that are not here")
+    add("--batch-size", type=int, default=64)
+    add("--workers", type=int, default=4, help="threads that read images")
+    add("--features", type=Path, metavar="DIR", help="keep features there: a killed run continues, two runs compare")
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read, and count them")
+    add("--json", action="store_true", help="print one JSON object instead of a table")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def load_images(source: str | Path) -> Tensor:
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".npz" and path.is_file():
-        return _from_npz(path)
+        return read_npz(path)
     raise UserError(f"{source} is neither a folder of images, an .npz file nor {DIGITS} or {TEXT_DIGITS}")
 
 
@@ -77,7 +78,7 @@ def _from_folder(folder: Path) -> Tensor:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    pixels = [_read(file) for file in files]
+    pixels = [read_image(file, str(file)) for file in files]
     odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
     if odd is not None:
         raise UserError(
@@ -87,14 +88,19 @@ def _from_folder(folder: Path) -> Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
-def _read(file: Path) -> np.ndarray:
+def read_image(file: Path | BinaryIO, name: str) -> np.ndarray:
+    """A picture as ``(H, W, C)`` uint8, C = 1 or 3; errors call it ``name``.
+
+    Raises:
+        UserError: it is damaged, or not 8-bit.
+    """
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it is not 8-bit (Pillow's mode {image.mode})")
             pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except Exception as error:  # Decoders raise nearly anything on damaged files.
-        raise UserError(f"cannot read the image {file}: {error}") from None
+        raise UserError(f"cannot read the image {name}: {error}") from None
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -103,7 +109,12 @@ def _size(image: np.ndarray) -> str:
     return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
 
 
-def _from_npz(path: Path) -> Tensor:
+def read_npz(path: Path) -> Tensor:
+    """``arr_0`` of an archive as uint8 ``(N, C, H, W)``.
+
+    Raises:
+        UserError: it is damaged, or holds no such images.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             names, images = archive.files, archive.get("arr_0")

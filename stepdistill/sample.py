@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from .sources import DESCRIPTION, read_index
 from .student import exported, few_step, one_step, recipe, teacher_of
 from .teacher import load_teacher
 
-Traces = Callable[[range], Tensor]
+Traces = Callable[[Sequence[int]], Tensor]
 """What the calls for the given ids predict, ``(B, K, C, H, W)`` in [-1, 1]; the last of the K is the sample."""
 
 
@@ -72,6 +72,36 @@ def sample(
     """
     pictures = output.with_name(f"{output.name}_trace") if trace else None
     _refuse_occupied(output, pictures)
+    traces = tracing(
+        source,
+        steps=steps,
+        labels=labels,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
+        solver=solver,
+        teacher_first=teacher_first,
+        teacher=teacher,
+        trace=trace,
+        trust_remote_code=trust_remote_code,
+    )
+    _write(traces, range(first_id, first_id + count), batch_size, output, pictures)
+    return output
+
+
+def tracing(
+    source: str,
+    *,
+    steps: int | None = None,
+    labels: tuple[int, ...] | None = None,
+    prompts: str | tuple[str, ...] | None = None,
+    guidance_scale: float = 1.0,
+    solver: Solver = "euler",
+    teacher_first: int = 0,
+    teacher: str | None = None,
+    trace: bool = False,
+    trust_remote_code: bool = False,
+) -> Traces:
+    """What generates the images of ``sample``, by their ids; arguments and errors are the same."""
     if labels is not None and min(labels) < 0:
         raise UserError(f"--labels must not be negative, got {list(labels)}")
     is_student = (Path(source) / DESCRIPTION).is_file()
@@ -89,16 +119,13 @@ def sample(
             raise UserError(f"--teacher-first needs the folder of an exported student; {source} has no {DESCRIPTION}")
         if solver != "euler":
             raise UserError(f"--teacher-first goes in Euler (DDIM) steps; remove --solver {solver}")
-        traces = _hybrid(source, labels, device, teacher_first, teacher, steps)
-    elif family and family is not UNET2D:
-        traces = _placed(source, family, labels, prompts, device, trust_remote_code=trust_remote_code)
-    elif family:
-        traces = _student(source, labels, device, trace, trust_remote_code=trust_remote_code)
-    else:
-        asked = {"class_labels": labels, "prompts": prompts, "guidance_scale": guidance_scale}
-        traces = _teacher(source, asked, device, 50 if steps is None else steps, solver, trace)
-    _write(traces, range(first_id, first_id + count), batch_size, output, pictures)
-    return output
+        return _hybrid(source, labels, device, teacher_first, teacher, steps)
+    if family and family is not UNET2D:
+        return _placed(source, family, labels, prompts, device, trust_remote_code=trust_remote_code)
+    if family:
+        return _student(source, labels, device, trace, trust_remote_code=trust_remote_code)
+    asked = {"class_labels": labels, "prompts": prompts, "guidance_scale": guidance_scale}
+    return _teacher(source, asked, device, 50 if steps is None else steps, solver, trace)
 
 
 def _family(source: str) -> Family:
@@ -148,10 +175,6 @@ def _write(traces: Traces, ids: range, batch_size: int, output: Path, pictures: 
             bar.update(len(batch))
 
 
-def _asked(labels: tuple[int, ...] | None, classes: int | None) -> Data:
-    return Data(class_labels=labels if labels is not None else "uniform" if classes is not None else None)
-
-
 def _student(
     source: str, labels: tuple[int, ...] | None, device: torch.device, trace: bool, *, trust_remote_code: bool
 ) -> Traces:
@@ -159,7 +182,7 @@ def _student(
     pipeline, sampler, *_ = exported(source, device, trust_remote_code=trust_remote_code)
     data, calls = _draws(source, pipeline.unet, labels, device), len(sampler.times)
 
-    def images(ids: range) -> Tensor:
+    def images(ids: Sequence[int]) -> Tensor:
         generators = SampleNoise(ids, data.shape).generators
         made = pipeline(  # type: ignore[operator]
             batch_size=len(ids), num_inference_steps=calls, generator=generators, output_type="np", **data.cond(ids)
@@ -170,7 +193,7 @@ def _student(
         return images
     denoiser, sampler = few_step(pipeline, sampler)
 
-    def predictions(ids: range) -> Tensor:
+    def predictions(ids: Sequence[int]) -> Tensor:
         noise = SampleNoise(ids, data.shape, device=device)
         return trace_x0(sampler.trace(denoiser, noise(), data.cond(ids), renoise=noise))
 
@@ -190,12 +213,15 @@ def _placed(
     student = exported(source, device, trust_remote_code=trust_remote_code)
     data = recipe(Path(source) / "README.md").get("data", {})
     if family.encode:
-        every: list[Any] = _prompts_of(source, prompts or data.get("prompts"))
+        prompts = prompts or data.get("prompts")
+        if prompts is None:
+            raise UserError(f"{source} reads prompts, and its card names none; give --prompts")
+        every: list[Any] = read_prompts(prompts)
     else:
         given = labels or data.get("class_labels")
         every = list(given) if isinstance(given, tuple | list) else list(range(1000))
 
-    def images(ids: range) -> Tensor:
+    def images(ids: Sequence[int]) -> Tensor:
         made = []
         for k, turn in zip(ids, in_turn(ids, len(every)), strict=True):
             torch.manual_seed(k)
@@ -205,12 +231,6 @@ def _placed(
         return torch.cat(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
     return images
-
-
-def _prompts_of(source: str, prompts: str | tuple[str, ...] | None) -> list[str]:
-    if prompts is None:
-        raise UserError(f"{source} reads prompts, and its card names none; give --prompts")
-    return read_prompts(prompts)
 
 
 def _teacher(
@@ -229,7 +249,7 @@ def _teacher(
     teacher.network.to(device)
     denoiser = teacher.guided(told, data.null)
 
-    def traces(ids: range) -> Tensor:
+    def traces(ids: Sequence[int]) -> Tensor:
         noise = SampleNoise(ids, data.shape, device=device)()
         if trace:
             seen = trace_x0(trace_ode(denoiser, noise, steps, data.cond(ids), solver=solver))
@@ -267,7 +287,7 @@ def _hybrid(
     except ValueError as error:
         raise UserError(f"--steps: {error}") from None
 
-    def traces(ids: range) -> Tensor:
+    def traces(ids: Sequence[int]) -> Tensor:
         noise = SampleNoise(ids, data.shape, device=device)
         return trace_x0(sampler.trace(guided, student, noise(), data.cond(ids), renoise=noise))
 
@@ -276,4 +296,5 @@ def _hybrid(
 
 def _draws(source: str, unet: UNet2DModel, labels: tuple[int, ...] | None, device: torch.device) -> DataFree:
     classes = unet.config["num_class_embeds"]
-    return draws(square(unet.config), class_labels(source, classes, _asked(labels, classes)), device)
+    asked = Data(class_labels=labels if labels is not None else "uniform" if classes is not None else None)
+    return draws(square(unet.config), class_labels(source, classes, asked), device)

@@ -11,7 +11,7 @@ from stepdistill.__main__ import main
 from stepdistill.bundled import bundled_configs
 from stepdistill.methods import AnyMethod
 
-COMMANDS = ["distill", "teacher", "sample", "fid", "configs", "methods"]
+COMMANDS = ["distill", "teacher", "sample", "fid", "report", "configs", "methods"]
 
 
 def output(capsys, *argv):

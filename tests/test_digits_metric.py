@@ -152,7 +152,7 @@ def test_the_bundled_file_is_what_the_training_script_writes(tmp_path, capsys):
     torch.set_num_threads(threads)
     assert "accuracy on 449 held-out digits" in capsys.readouterr().out
     assets = [file for file in bundled("assets").rglob("*") if file.is_file()]
-    assert {file.suffix for file in assets} <= {".json", ".safetensors", ".txt", ".png"}
+    assert {file.suffix for file in assets} <= {".css", ".json", ".safetensors", ".txt", ".png"}
     ours, new = load_file(bundled("assets") / "fd-digits-v1.safetensors"), load_file(tmp_path / "new.safetensors")
     assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {
         name: (t.shape, t.dtype) for name, t in new.items()

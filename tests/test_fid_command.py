@@ -16,6 +16,7 @@ from stepdistill.evaluation import Evaluator
 from stepdistill.fid import main
 from stepdistill.images import load_digits, load_images
 
+COMMANDS = ("calc", "gen", "ref", "compare", "convert", "presets", "doctor")
 SCRIPT = Path(__file__).parents[1] / "eval" / "fid.py"
 
 
@@ -38,37 +39,28 @@ def test_json_is_one_object_with_the_evaluators_numbers(half, capsys):
     out, err = capsys.readouterr()
     result = json.loads(out)
     expected = Evaluator("builtin:digits").distance(load_images(half))
-    seconds, versions = result.pop("seconds"), result.pop("versions")
-    assert result == {
-        "metric": "fd-digits-v1",
-        "value": expected.value,
-        "se": expected.se,
-        "debiased": expected.debiased,
-        "n": 899,
-        "n_ref": 1797,
-        "images": half,
-        "reference": "builtin:digits",
-    }
-    assert 0 < seconds < 60
-    assert versions["torch"] == version("torch")
-    assert versions.keys() == {"python", "stepdistill", "torch", "numpy", "pillow"}
+    assert result["metrics"].keys() == {"fid"}
+    found = result["metrics"]["fid"]
+    assert found["value"] == pytest.approx(expected.value, rel=1e-9)
+    assert found["se"] == pytest.approx(expected.se, rel=1e-7)
+    assert found["debiased"] == pytest.approx(expected.debiased, rel=1e-7)
+    assert found["n"] == 899
+    assert (result["images"], result["reference"]) == (half, "builtin:digits")
+    assert result["protocol"]["name"] == "digits, samples=899"
+    assert len(result["weights"]["digits"]) == 64
+    assert result["versions"]["torch"] == version("torch")
+    assert result["versions"].keys() == {"python", "stepdistill", "torch", "numpy", "pillow"}
     assert err == ""
 
 
-def test_the_table_is_two_short_lines_with_the_same_numbers(half, capsys):
+def test_the_table_is_short_and_has_the_same_numbers(half, capsys):
     main(["calc", half, "builtin:digits"])
-    head, row = capsys.readouterr().out.splitlines()
+    head, row, protocol = capsys.readouterr().out.splitlines()
     expected = Evaluator("builtin:digits").distance(load_images(half))
-    assert head.split() == ["metric", "value", "+-", "se", "debiased", "n", "n_ref"]
-    assert row.split() == [
-        "fd-digits-v1",
-        f"{expected.value:.4f}",
-        "+-",
-        f"{expected.se:.4f}",
-        f"{expected.debiased:.4f}",
-        "899",
-        "1797",
-    ]
+    assert head.split() == ["metric", "value", "+-", "se", "debiased", "n"]
+    numbers = [f"{expected.value:.4f}", "+-", f"{expected.se:.4f}", f"{expected.debiased:.4f}"]
+    assert row.split() == ["fd-digits-v1", *numbers, "899"]
+    assert protocol.startswith("protocol digits, samples=899 (")
 
 
 def test_few_samples_have_no_debiased_value(tmp_path, capsys):
@@ -76,17 +68,17 @@ def test_few_samples_have_no_debiased_value(tmp_path, capsys):
     main(["calc", str(tmp_path / "few.npz"), "builtin:digits"])
     assert "n/a" in capsys.readouterr().out
     main(["calc", str(tmp_path / "few.npz"), "builtin:digits", "--json"])
-    assert json.loads(capsys.readouterr().out)["debiased"] is None
+    assert json.loads(capsys.readouterr().out)["metrics"]["fid"]["debiased"] is None
 
 
 def test_a_set_is_at_zero_from_itself_without_a_minus_sign(half, capsys):
-    main(["calc", half, half])
+    main(["calc", half, half, "--preset", "digits"])
     assert capsys.readouterr().out.splitlines()[1].split()[1] == "0.0000"
 
 
 def test_the_script_is_the_command(half, monkeypatch, capsys):
     assert run_script(monkeypatch, "calc", half, "builtin:digits", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["n"] == 899
+    assert json.loads(capsys.readouterr().out)["metrics"]["fid"]["n"] == 899
 
 
 def _folder(path, *shapes):
@@ -101,10 +93,10 @@ def _bad_sources(tmp_path):
     broken = _folder(tmp_path / "broken", *[(8, 8)] * 30)
     (broken / "017.png").write_bytes(b"\x89PNG")
     return {
-        "missing folder": (tmp_path / "nowhere", "neither a folder"),
+        "missing folder": (tmp_path / "nowhere", "nowhere"),
         "empty folder": (_folder(tmp_path / "empty"), "holds no images"),
         "too few": (_folder(tmp_path / "few", *[(8, 8)] * 19), "images are needed, got 19"),
-        "different sizes": (_folder(tmp_path / "sizes", *[(8, 8)] * 20, (8, 9)), "one size"),
+        "different sizes": (_folder(tmp_path / "sizes", *[(8, 8)] * 20, (8, 9)), "one width x height"),
         "unreadable": (broken, "017.png"),
         "another size": (_folder(tmp_path / "large", *[(12, 12)] * 20), "8x8 digits, .* got images of 12x12"),
         "npz without arr_0": (tmp_path / "named.npz", "expected images under arr_0"),
@@ -121,7 +113,7 @@ def test_bad_input_on_either_side_is_one_clear_message(tmp_path, case, side, cap
     sources = ["builtin:digits", "builtin:digits"]
     sources[side] = str(source)
     with pytest.raises(UserError, match=message):
-        main(["calc", *sources, "--json"])
+        main(["calc", *sources, "--preset", "digits", "--json"])
     assert capsys.readouterr().out == ""
 
 
@@ -129,7 +121,7 @@ def test_bad_input_ends_the_script_with_exit_code_2_and_one_line(tmp_path, monke
     assert run_script(monkeypatch, "calc", str(tmp_path / "nowhere"), "builtin:digits") == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: {tmp_path / 'nowhere'} is neither")
+    assert err.startswith(f"error: {tmp_path / 'nowhere'}")
     assert err.count("\n") == 1
 
 
@@ -141,7 +133,7 @@ def test_wrong_usage_ends_with_exit_code_2(arguments, capsys):
     assert "usage: stepdistill fid" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["calc", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_shows_an_example_and_imports_nothing_heavy(arguments):
     program = (
         "import sys; from stepdistill.fid import main\n"
@@ -149,5 +141,5 @@ def test_help_shows_an_example_and_imports_nothing_heavy(arguments):
         "except SystemExit: print(sorted({'torch', 'numpy', 'PIL', 'sklearn'} & set(sys.modules)))"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert "stepdistill fid calc runs/digits_sid/samples builtin:digits" in answer
+    assert f"  stepdistill fid {arguments[0] if len(arguments) > 1 else 'calc'}" in answer
     assert answer.splitlines()[-1] == "[]"

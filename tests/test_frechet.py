@@ -14,6 +14,7 @@ from stepdistill.metrics.frechet import (
     Moments,
     Reference,
     frechet_distance,
+    group_of,
     moments_of,
 )
 
@@ -36,7 +37,7 @@ def commuting(d, rank_1, rank_2):
 
 def summed(features, first_id=0):
     sums = FeatureSums(features.shape[1])
-    sums.add(features, first_id)
+    sums.add(features, range(first_id, first_id + len(features)))
     return sums
 
 
@@ -104,7 +105,7 @@ def test_sums_start_at_zero():
 def test_sums_give_the_moments_of_everything_and_of_everything_but_a_group(first_id):
     features = random(53, 6).exp()
     sums = summed(features, first_id)
-    group = (torch.arange(53) + first_id) % GROUPS
+    group = group_of(torch.arange(53) + first_id)
     for without in (None, *range(GROUPS)):
         kept = features if without is None else features[group != without]
         moments = sums.moments(without=without)
@@ -113,13 +114,21 @@ def test_sums_give_the_moments_of_everything_and_of_everything_but_a_group(first
         torch.testing.assert_close(moments.covariance, kept.T.cov())
 
 
+def test_groups_are_even_and_no_group_is_a_class_that_labels_deal_out():
+    ids = torch.arange(5000)
+    seen = torch.zeros(GROUPS, 10).index_put_((group_of(ids), ids % 10), torch.ones(5000), accumulate=True)
+    assert (seen.sum(1) == 500).all()
+    assert ((seen > 30) & (seen < 70)).all()
+    assert torch.equal(group_of(ids[17:40]), group_of(ids)[17:40])
+
+
 @pytest.mark.parametrize("batch", [1, 7, 10, 64])
 def test_batches_and_merged_shards_give_the_same_result_as_one_pass(batch):
     features = random(100, 12)
     whole = summed(features)
     batched = FeatureSums(12)
     for start in range(0, 100, batch):
-        batched.add(features[start : start + batch], start)
+        batched.add(features[start : start + batch], range(start, min(start + batch, len(features))))
     merged, shard = summed(features[:37]), summed(features[37:], 37)
     for name in ("count", "sum", "outer"):
         torch.testing.assert_close(getattr(batched, name), getattr(whole, name))
@@ -136,7 +145,7 @@ def test_the_jackknife_is_the_textbook_one():
     features, reference = random(90, 8, seed=7), Reference(moments_of(random(500, 8)))
     full = reference.distance(moments_of(features))
     parts = torch.tensor(
-        [reference.distance(moments_of(features[torch.arange(90) % GROUPS != g])) for g in range(GROUPS)],
+        [reference.distance(moments_of(features[group_of(torch.arange(90)) != g])) for g in range(GROUPS)],
         dtype=torch.float64,
     )
     pseudo = GROUPS * full - (GROUPS - 1) * parts  # Tukey's pseudo-values: their mean and its standard error.

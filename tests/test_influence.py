@@ -70,7 +70,7 @@ def test_the_error_agrees_with_the_jackknife_and_the_value_with_the_distance():
     for k in range(40):
         features = random(400, 6, seed=k)
         sums = FeatureSums(6)
-        sums.add(features, 0)
+        sums.add(features, range(len(features)))
         jackknife, influence = frechet_distance(sums, reference), frechet_with_influence(features, reference)
         assert (influence.value, influence.debiased, influence.n) == (jackknife.value, jackknife.debiased, 400)
         pairs.append((influence.se, jackknife.se))

@@ -16,7 +16,7 @@ OTHER = {
     "metrics": ("fid", "clip"),
     "extractor": "inception",
     "prepare": ("center-crop", "bicubic-float 299"),
-    "dinov2": "dinov2-exact",
+    "dinov2": "dinov2-vit-l-14-pillow",
     "quantisation": "truncate",
     "file_form": "jpeg 95",
     "samples": 2000,
@@ -144,7 +144,7 @@ def test_a_float_resize_is_the_last_step():
         ("metrics", ("fid", "swd")),
         ("extractor", "vgg"),
         ("dinov2", "inception"),
-        ("clip_model", "dinov2"),
+        ("clip_model", "dinov2-vit-l-14"),
         ("quantisation", "floor"),
         ("quantisation", "none"),  # Of PNG files, which clean reads.
         ("file_form", "jpeg"),
@@ -171,7 +171,7 @@ def test_the_float_resize_belongs_to_the_main_network_alone():
     main = ("inception-clean", ("center-crop", "lanczos 256", "bicubic-float 299"))
     assert {metric: coco.network(metric) for metric in METRICS} == {
         **dict.fromkeys(("fid", "kid", "prdc", "is", "diversity", "vendi"), main),
-        "fd-dinov2": ("dinov2", ("center-crop", "lanczos 256")),
+        "fd-dinov2": ("dinov2-vit-l-14", ("center-crop", "lanczos 256")),
         "clip-fid": ("clip-vit-b-32", ("center-crop", "lanczos 256")),
         "cmmd": ("clip-vit-l-14-336", ("center-crop", "lanczos 256")),
         "clip": ("clip-vit-g-14", ("center-crop", "lanczos 256")),

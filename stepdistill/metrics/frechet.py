@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,23 @@ from torch import Tensor
 from ..errors import UserError
 
 GROUPS = 10
-"""Groups of the delete-a-group jackknife; sample ``k`` belongs to group ``k % GROUPS``."""
+"""Groups of the delete-a-group jackknife, see ``group_of``."""
 
 MIN_SAMPLES = 2 * GROUPS
 """Fewest samples on either side: two in every group, so that each has a spread and deleting one leaves a covariance."""
+
+
+def group_of(ids: Tensor) -> Tensor:
+    """Jackknife group ``(N,)`` of the samples ``ids (N,)``, int64.
+
+    Every ten consecutive samples fall into ten groups, rotated by a hash of their position.  Without the rotation,
+    labels dealt out as ``id % 10`` would make each group a class, and deleting one would not be leaving out a tenth.
+    """
+    # The finaliser of MurmurHash3 on 32 bits; its products stay below 2^63.
+    turn = ids // GROUPS
+    turn = (turn ^ (turn >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    turn = (turn ^ (turn >> 15)) * 0x45D9F3B & 0xFFFFFFFF
+    return (ids + (turn ^ (turn >> 16))) % GROUPS
 
 
 @dataclass(frozen=True)
@@ -34,23 +48,24 @@ class FeatureSums:
         self.sum = torch.zeros(GROUPS, dimension, dtype=torch.float64, device=device)
         self.outer = torch.zeros(GROUPS, dimension, dimension, dtype=torch.float64, device=device)
 
-    def add(self, features: Tensor, first_id: int) -> None:
-        """Add ``(N, d)`` features of the samples ``first_id, first_id + 1, ...``."""
+    def add(self, features: Tensor, ids: Sequence[int]) -> None:
+        """Add ``(N, d)`` features of the samples ``ids``."""
         features = features.to(self.sum.device, torch.float64)
+        groups = group_of(torch.tensor(ids, device=features.device))
         for g in range(GROUPS):
-            mine = features[(g - first_id) % GROUPS :: GROUPS]
+            mine = features[groups == g]
             self.count[g] += len(mine)
             self.sum[g] += mine.sum(0)
             self.outer[g] += mine.T @ mine
 
-    def moments(self, without: int | None = None) -> Moments:
-        """Mean and covariance (ddof 1) of everything, or of everything but one group."""
+    def moments(self, without: int | None = None, ddof: int = 1) -> Moments:
+        """Mean and covariance over ``n - ddof`` of everything, or of everything but one group."""
         count, total, outer = self.count.sum(), self.sum.sum(0), self.outer.sum(0)
         if without is not None:
             count, total, outer = count - self.count[without], total - self.sum[without], outer - self.outer[without]
         n = int(count)
         mean = total / n
-        return Moments(n, mean, (outer - n * torch.outer(mean, mean)) / (n - 1))
+        return Moments(n, mean, (outer - n * torch.outer(mean, mean)) / (n - ddof))
 
 
 def moments_of(features: Tensor) -> Moments:
@@ -116,8 +131,8 @@ class FrechetDistance:
     """Samples measured."""
 
 
-def frechet_distance(sums: FeatureSums, reference: Reference) -> FrechetDistance:
-    """Distance of accumulated features to ``reference``, with error and debiased value.
+def frechet_distance(sums: FeatureSums, reference: Reference, *, ddof: int = 1) -> FrechetDistance:
+    """Distance of accumulated features, their covariance over ``n - ddof``, to ``reference``, with error and bias.
 
     Raises:
         UserError: fewer than ``MIN_SAMPLES`` samples.
@@ -125,8 +140,8 @@ def frechet_distance(sums: FeatureSums, reference: Reference) -> FrechetDistance
     n, dimension = int(sums.count.sum()), sums.sum.shape[1]
     if n < MIN_SAMPLES:
         raise UserError(f"at least {MIN_SAMPLES} images are needed, got {n}")
-    value = reference.distance(sums.moments())
-    parts = [reference.distance(sums.moments(without=g)) for g in range(GROUPS)]
+    value = reference.distance(sums.moments(ddof=ddof))
+    parts = [reference.distance(sums.moments(g, ddof)) for g in range(GROUPS)]
     centre = sum(parts) / GROUPS
     return FrechetDistance(
         value=value,

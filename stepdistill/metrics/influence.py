@@ -106,7 +106,7 @@ def _check_pairs(a: Tensor, b: Tensor) -> None:
 
 def _distance(features: Tensor, reference: Reference) -> FrechetDistance:
     sums = FeatureSums(features.shape[1], features.device)
-    sums.add(features, 0)
+    sums.add(features, range(len(features)))
     return frechet_distance(sums, reference)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .frechet import GROUPS, MIN_SAMPLES
+from .frechet import GROUPS, MIN_SAMPLES, group_of
 
 __all__ = ["GROUPS", "MIN_SAMPLES", "Jackknife", "groups", "jackknife"]
 
@@ -31,15 +31,6 @@ def jackknife(value: float, parts: Sequence[float]) -> Jackknife:
 
 
 def groups(n: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """The samples ``0 .. n - 1`` in ``GROUPS`` fixed lists, whose lengths differ by one at most.
-
-    Every ten consecutive samples fall into ten groups, rotated by a hash of their position.  Without the rotation,
-    labels dealt out as ``id % 10`` would make each group a class, and deleting one would not be leaving out a tenth.
-    """
-    ids = torch.arange(n, device=device)
-    # The finaliser of MurmurHash3 on 32 bits; its products stay below 2^63.
-    turn = ids // GROUPS
-    turn = (turn ^ (turn >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    turn = (turn ^ (turn >> 15)) * 0x45D9F3B & 0xFFFFFFFF
-    group = (ids + (turn ^ (turn >> 16))) % GROUPS
+    """The samples ``0 .. n - 1`` in ``GROUPS`` fixed lists, whose lengths differ by one at most."""
+    group = group_of(torch.arange(n, device=device))
     return [(group == g).nonzero()[:, 0] for g in range(GROUPS)]

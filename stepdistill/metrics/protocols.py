@@ -11,7 +11,8 @@ from ..errors import UserError
 
 METRICS = ("fid", "kid", "fd-dinov2", "clip-fid", "cmmd", "prdc", "is", "clip", "diversity", "vendi")
 CLIPS = ("clip-vit-b-32", "clip-vit-l-14", "clip-vit-l-14-336", "clip-vit-g-14")
-EXTRACTORS = ("inception", "inception-clean", "inception-pytorch", "dinov2", "dinov2-exact", *CLIPS, "digits")
+DINOV2 = ("dinov2-vit-l-14", "dinov2-vit-l-14-pillow")
+EXTRACTORS = ("inception", "inception-clean", "inception-pytorch", *DINOV2, *CLIPS, "digits")
 QUANTISATIONS = {
     "round": "uint8 of clip(127.5 x + 128, 0, 255)",
     "truncate": "uint8 of clip(127.5 (x + 1), 0, 255)",
@@ -55,8 +56,8 @@ class Protocol:
     """Network of fid, kid, prdc, is, diversity and vendi; of ``EXTRACTORS``."""
     prepare: tuple[str, ...] = ()
     """Steps from the stored image to that network, generated and real alike; ``PREPARE`` is their grammar."""
-    dinov2: str = "dinov2"
-    """Network of fd-dinov2: resized on the device (``dinov2``) or by Pillow (``dinov2-exact``)."""
+    dinov2: str = "dinov2-vit-l-14"
+    """Network of fd-dinov2: resized on the device (``dinov2-vit-l-14``) or by Pillow (``dinov2-vit-l-14-pillow``)."""
     quantisation: str = "round"
     file_form: str = "memory"
     """Form in which generated images reach the network: ``memory``, ``png`` or ``jpeg QUALITY``."""
@@ -92,7 +93,7 @@ class Protocol:
     def __post_init__(self) -> None:
         _one_of("metric", METRICS, self.metrics)
         _one_of("extractor", EXTRACTORS, [self.extractor])
-        _one_of("dinov2", ("dinov2", "dinov2-exact"), [self.dinov2])
+        _one_of("dinov2", DINOV2, [self.dinov2])
         _one_of("clip_model", CLIPS, [self.clip_model])
         _one_of("quantisation", tuple(QUANTISATIONS), [self.quantisation])
         _one_of("labels", tuple(LABELS), [self.labels])

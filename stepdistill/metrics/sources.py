@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..images import DIGITS, EXTENSIONS, TEXT_DIGITS, _from_npz, _read, load_digits, load_text_digits
+from ..images import DIGITS, EXTENSIONS, TEXT_DIGITS, load_digits, load_text_digits, read_image, read_npz
 from .base import Source
 
 AHEAD = 2
@@ -82,7 +82,7 @@ class _Files(Source):
         return str(self._files[k])
 
     def read(self, k: int) -> np.ndarray:
-        return _read(self._files[k])
+        return read_image(self._files[k], self.name(k))
 
 
 class _Arrays(Source):
@@ -134,23 +134,12 @@ class _Zip(Source):
             content = self._archive().read(self._names[k])
         except Exception as error:  # A bad checksum, an unknown compression, a file that was cut after opening.
             raise UserError(f"cannot read the image {self.name(k)}: {error}") from None
-        return _read(_Named(content, self.name(k)))  # type: ignore[arg-type]
+        return read_image(io.BytesIO(content), self.name(k))
 
     def _archive(self) -> zipfile.ZipFile:
         if self._opened.__dict__.get("process") != os.getpid():
             self._opened.archive, self._opened.process = zipfile.ZipFile(self._path), os.getpid()
         return self._opened.archive
-
-
-class _Named(io.BytesIO):
-    """A file in memory that errors call by its name."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self._name = name
-
-    def __str__(self) -> str:
-        return self._name
 
 
 def _is_image(name: str) -> bool:
@@ -184,7 +173,7 @@ def _map(file: Path) -> np.ndarray:
 
 _OPENERS: dict[str, Callable[[Path], Source]] = {
     ".zip": _Zip,
-    ".npz": lambda path: MemorySource(_from_npz(path), label=str(path)),
+    ".npz": lambda path: MemorySource(read_npz(path), label=str(path)),
     ".npy": lambda path: _Arrays([path]),
 }
 

@@ -1,0 +1,41 @@
+"""Several processes that score together: each its share of the samples, all the same result."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process among all that a launcher started (``accelerate launch``, ``torchrun``); ``(0, 1)`` alone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    return (distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def add_up(*sums: Tensor) -> None:
+    """Replace every tensor by its sum over the processes."""
+    if rank_and_world()[1] > 1:
+        for tensor in sums:
+            total = tensor.cpu()
+            distributed.all_reduce(total)
+            tensor.copy_(total)
+
+
+def gathered(mine: Any) -> list[Any]:  # noqa: ANN401
+    """What every process holds, in the order of their ranks."""
+    world = rank_and_world()[1]
+    parts: list[Any] = [mine] * world
+    if world > 1:
+        distributed.all_gather_object(parts, mine)
+    return parts
+
+
+def device_of_rank() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(f"cuda:{local}") if torch.cuda.is_available() else torch.device("cpu")

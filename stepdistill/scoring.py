@@ -1,0 +1,263 @@
+"""Scoring from end to end: images, a reference and a protocol in, one record out."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .errors import UserError
+from .metrics.base import Value
+from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
+from .metrics.extractors import load_extractor
+from .metrics.forms import Statistics
+from .metrics.frechet import Reference
+from .metrics.influence import paired_difference, paired_mean_difference
+from .metrics.presets import protocol as preset
+from .metrics.protocols import Protocol
+from .metrics.ranks import device_of_rank, rank_and_world
+from .metrics.score import FRECHET, SINGLE, Collected, Network, Stream, collect, networks, reader, values
+from .metrics.sources import open_source
+from .metrics.statistics import read_statistics, write_statistics
+from .metrics.store import FeatureStore, Manifest, read_manifest
+from .metrics.weights import find_weights
+
+RUN = "run.json"
+"""Record of a run that keeps its features, beside them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command of the evaluator may be told."""
+
+    preset: str | None = None
+    """Name of a protocol; ``digits`` against the bundled digits and ``clean`` against anything else, by default."""
+    metrics: tuple[str, ...] | None = None
+    """In place of the protocol's."""
+    count: int | None = None
+    """The first so many images; all, or as many as the protocol generates, by default."""
+    prompts: str | None = None
+    """File of prompts, one an image, for the CLIP score, diversity and text-to-image pipelines."""
+    weights: str | None = None
+    """File or folder of the networks' weights."""
+    trust: bool = False
+    download: bool = False
+    batch_size: int = 64
+    workers: int = 4
+    features: Path | None = None
+    """Folder where features are kept, so that a killed run is continued and two runs can be compared."""
+    skip_broken: bool = False
+
+
+class Run:
+    """One protocol, its networks, and what was noted on the way."""
+
+    def __init__(self, options: Options, reference: str, changes: dict[str, object]) -> None:
+        self.options, self.reference, self.device = options, reference, device_of_rank()
+        base = preset(options.preset or ("digits" if reference.startswith("builtin:digits") else "clean"))
+        if options.metrics:
+            changes = {**changes, "metrics": options.metrics}
+        self.protocol = base.changed(changes)
+        self.skipped: list[str] = []
+        self.seconds = {"reference": 0.0, "images": 0.0, "distance": 0.0}
+        self.prompts: list[str] = []
+        self._networks: dict[str, Network] = {}
+
+    def networks(self, count: int) -> dict[str, Network]:
+        """Those of the protocol, for ``count`` images."""
+        if options := {"clip", "diversity"} & set(self.protocol.metrics):
+            self.prompts = self._read_prompts(count, " and ".join(sorted(options)))
+        self._networks = self._networks or networks(
+            self.protocol, self.protocol.metrics, self._extractor, self._scorer, self.prompts
+        )
+        return self._networks
+
+    def _read_prompts(self, count: int, metric: str) -> list[str]:
+        from .prompts import read_prompts
+
+        if self.options.prompts is None:
+            raise UserError(f"{metric} of {self.protocol.name} needs --prompts FILE, or --metrics without it")
+        found = read_prompts(self.options.prompts)
+        if len(found) < count:
+            raise UserError(f"{self.options.prompts} holds {len(found)} prompts for {count} images; give one an image")
+        return found[:count]
+
+    def _extractor(self, name: str) -> Any:  # noqa: ANN401
+        told = self.options
+        return load_extractor(name, weights=told.weights, device=self.device, trust=told.trust, download=told.download)
+
+    def _scorer(self) -> ClipScorer:
+        told, protocol = self.options, self.protocol
+        found = find_weights(protocol.clip_model, path=told.weights, trust=told.trust, download=told.download)
+        towers = load_towers(ARCHITECTURES[protocol.clip_model], found, device=self.device)
+        template, scale, clamp = protocol.clip_template, protocol.clip_scale, protocol.clip_clamp
+        return ClipScorer(towers, template=template, scale=scale, clamp=clamp)
+
+    def store(self, made_by: str) -> Callable[[Network], FeatureStore] | None:
+        """Where the features of a network are kept, if anywhere."""
+        folder = self.options.features
+        if folder is None:
+            return None
+
+        def at(network: Network) -> FeatureStore:
+            classes = 1008 if "is" in self.protocol.metrics else 0
+            manifest = Manifest(self.protocol.digest(), made_by, network.dimension, classes, "float32")
+            return FeatureStore(folder / network.name.replace(" ", "-"), manifest)
+
+        return at
+
+    def referred(self, needed: dict[str, Network]) -> dict[str, Collected] | Statistics:
+        """What the images are compared with."""
+        began = time.perf_counter()
+        compared = {metric: network for metric, network in needed.items() if metric not in (*SINGLE, "clip")}
+        found: dict[str, Collected] | Statistics = {}
+        if compared and _is_statistics(self.reference):
+            kinds = {FRECHET.get(metric, "fid") for metric in compared}
+            if len(kinds) > 1:
+                raise UserError(f"{self.reference} is read for one network; ask for {', '.join(kinds)} one by one")
+            first = next(iter(compared.values()))
+            found = read_statistics(self.reference, kind=kinds.pop(), extractor=first.name, dimension=first.dimension)
+        elif compared:
+            source = open_source(self.reference)
+            stream = reader(source, batch_size=self.options.batch_size, workers=self.options.workers, skip_broken=None)
+            found = collect(stream, len(source), compared, device=self.device)
+        self.seconds["reference"] = time.perf_counter() - began
+        return found
+
+    def measured(self, stream: Stream, count: int, made_by: str) -> dict[str, Value]:
+        """Every metric of ``count`` images."""
+        needed = self.networks(count)
+        reference = self.referred(needed)
+        began = time.perf_counter()
+        found = collect(stream, count, needed, device=self.device, store=self.store(made_by))
+        middle = time.perf_counter()
+        result = values(self.protocol, self.protocol.metrics, found, reference, prompts=self.prompts)
+        self.seconds["images"] += middle - began
+        self.seconds["distance"] += time.perf_counter() - middle
+        return result
+
+    def record(self, images: str, metrics: dict[str, Value], **more: object) -> dict[str, Any]:
+        """The result, ready for JSON; kept beside the features, where they are kept."""
+        packages = ("stepdistill", "torch", "numpy", "pillow")
+        record = {
+            "protocol": {
+                "name": self.protocol.name,
+                "digest": self.protocol.digest(),
+                "text": self.protocol.text(),
+                "fields": asdict(self.protocol),
+            },
+            "metrics": {name: asdict(value) for name, value in metrics.items()},
+            "images": images,
+            "reference": self.reference,
+            "skipped": self.skipped,
+            "weights": {network.name: network.weights for network in self._networks.values()},
+            "tf32": False,
+            "world_size": rank_and_world()[1],
+            "device": str(self.device),
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            **more,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        }
+        if self.options.features is not None and rank_and_world()[0] == 0:
+            temporary = self.options.features / f".{RUN}"
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+            temporary.replace(self.options.features / RUN)
+        return record
+
+
+def calc(images: str, reference: str, options: Options) -> dict[str, Any]:
+    """Score ``images``, any source of ``open_source``, against images or statistics.
+
+    Raises:
+        UserError: an input that cannot be read or compared.
+    """
+    source = open_source(images)
+    count = len(source) if options.count is None else options.count
+    if count > len(source):
+        raise UserError(f"--num {count} is more than the {len(source)} images of {images}")
+    run = Run(options, reference, {"samples": count})
+    skipped = run.skipped if options.skip_broken else None
+    stream = reader(source, batch_size=options.batch_size, workers=options.workers, skip_broken=skipped)
+    return run.record(images, run.measured(stream, count, images))
+
+
+def ref(images: str, out: Path, options: Options) -> None:
+    """Write the statistics of ``images``, for the protocol's Frechet distance, to ``out``, which other tools read.
+
+    Raises:
+        UserError: an input that cannot be read, or a file that cannot be written.
+    """
+    source = open_source(images)
+    count = len(source) if options.count is None else min(options.count, len(source))
+    run = Run(options, images, {})
+    metric = next((each for each in run.protocol.metrics if each in FRECHET), None)
+    if metric is None:
+        raise UserError(f"{run.protocol.name} has no Frechet distance, so there are no statistics to write")
+    run.protocol = run.protocol.changed({"metrics": (metric,)})
+    network = run.networks(count)[metric]
+    stream = reader(source, batch_size=options.batch_size, workers=options.workers, skip_broken=None)
+    moments = collect(stream, count, {metric: network}, device=run.device)[metric].sums.moments()
+    if rank_and_world()[0] == 0:
+        found = Statistics(moments.mean, moments.covariance, moments.n, 1, network.name)
+        write_statistics(out, found, kind=FRECHET[metric], protocol=run.protocol, weights=network.weights)
+
+
+def compare(a: Path, b: Path, options: Options) -> dict[str, Any]:
+    """Difference of two runs that kept their features, on the sample ids that both have.
+
+    Raises:
+        UserError: folders without such runs, or runs of different protocols or references.
+    """
+    one, two = _kept(a), _kept(b)
+    for field in ("protocol", "reference"):
+        mine, other = (each[field]["digest"] if field == "protocol" else each[field] for each in (one, two))
+        if mine != other:
+            raise UserError(f"{a} and {b} differ in their {field} ({mine} and {other}); only equal ones compare")
+    told = one["protocol"]["fields"]
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    run = Run(replace(options, preset=None, metrics=None), one["reference"], {})
+    run.protocol = Protocol(**fields)
+    found: dict[str, Value] = {}
+    metrics = [metric for metric in run.protocol.metrics if metric in FRECHET]
+    run.protocol = replace(run.protocol, metrics=tuple(metrics) or run.protocol.metrics)
+    reference = run.referred(run.networks(0)) if metrics else {}
+    for metric in metrics:
+        name, _ = run.protocol.network(metric)
+        moments = reference.moments(run.protocol.reference_count) if isinstance(reference, Statistics) else None
+        against = Reference(moments or reference[metric].sums.moments())  # type: ignore[index]
+        found[metric] = paired_difference(_features(a / name), _features(b / name), against)
+    if (a / "clip-score").is_dir():
+        found["clip"] = paired_mean_difference(_features(a / "clip-score")[:, 0], _features(b / "clip-score")[:, 0])
+    return run.record(f"{a} - {b}", found)
+
+
+def _kept(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / RUN).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no finished run with --features: {error}") from None
+
+
+def _features(folder: Path) -> Tensor:
+    store = FeatureStore(folder, read_manifest(folder))
+    return store.read(range(sum(len(ids) for ids, _ in store.shards()))).features
+
+
+def _is_statistics(path: str) -> bool:
+    if path.endswith((".pkl", ".pickle", ".pt")):
+        return True
+    if not (path.endswith(".npz") and Path(path).is_file()):
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return bool({"mu", "mu_s", "feats"} & set(archive.files))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None

@@ -1,0 +1,170 @@
+"""Scoring from end to end, on the bundled digits: sources, processes, continued and compared runs, generation."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from stepdistill.errors import UserError
+from stepdistill.fid import main
+from stepdistill.generating import stored, summed_up
+from stepdistill.images import load_digits, to_picture
+from stepdistill.metrics.base import Value
+from stepdistill.metrics.presets import protocol
+
+DIGITS = load_digits()[0][:, 0].numpy()
+ALL = "fid,kid,prdc,vendi"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same 300 digits as a folder, an archive and arrays; and 300 others."""
+    place = tmp_path_factory.mktemp("sources")
+    (place / "folder").mkdir()
+    for k, image in enumerate(DIGITS[:300]):
+        to_picture(torch.from_numpy(image)[None]).save(place / "folder" / f"{k:04d}.png")
+    with zipfile.ZipFile(place / "archive.zip", "w") as archive:
+        for file in sorted((place / "folder").iterdir()):
+            archive.write(file, file.name)
+    np.savez(place / "array.npz", DIGITS[:300])
+    np.save(place / "shard.npy", DIGITS[:300, :, :, None])
+    np.savez(place / "others.npz", DIGITS[300:600])
+    return place
+
+
+def scored(capsys, *arguments):
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def numbers(record):
+    return {name: (found["value"], found["se"]) for name, found in record["metrics"].items()}
+
+
+@pytest.mark.parametrize("name", ["archive.zip", "array.npz", "shard.npy"])
+def test_every_source_gives_the_same_numbers(sources, name, capsys):
+    told = ("builtin:digits", "--metrics", ALL)
+    expected = numbers(scored(capsys, "calc", sources / "folder", *told))
+    assert expected.keys() == {"fid", "kid", "precision", "recall", "density", "coverage", "vendi"}
+    found = numbers(scored(capsys, "calc", sources / name, *told, "--batch-size", 7, "--workers", 0))
+    assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == found
+
+
+def test_two_processes_give_the_numbers_of_one(sources, capsys):
+    told = ["calc", str(sources / "array.npz"), "builtin:digits", "--metrics", ALL, "--json"]
+    expected = numbers(scored(capsys, *told[:-1]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "stepdistill", "fid"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run([*launch, *told], capture_output=True, text=True, check=True, env=alone)
+    record = json.loads(answer.stdout)
+    assert record["world_size"] == 2
+    assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == numbers(record)
+
+
+def test_statistics_stand_for_the_images_they_are_of(sources, tmp_path, capsys):
+    expected = scored(capsys, "calc", sources / "array.npz", "builtin:digits")
+    assert main(["ref", "builtin:digits", "--preset", "digits", "--out", str(tmp_path / "ref.npz")]) == 0
+    capsys.readouterr()
+    found = scored(capsys, "calc", sources / "array.npz", tmp_path / "ref.npz", "--preset", "digits")
+    assert numbers(found)["fid"] == pytest.approx(numbers(expected)["fid"], rel=1e-9)
+    with pytest.raises(UserError, match="hold none; give the reference images"):
+        main(["calc", str(sources / "array.npz"), str(tmp_path / "ref.npz"), "--preset", "digits", "--metrics", "kid"])
+    assert main(["convert", str(tmp_path / "ref.npz"), str(tmp_path / "copy.npz")]) == 0
+    assert "80 features of 1797 images" in capsys.readouterr().out
+    again = scored(capsys, "calc", sources / "array.npz", tmp_path / "copy.npz", "--preset", "digits")
+    assert numbers(again) == numbers(found)
+
+
+def test_a_run_that_keeps_its_features_continues_and_makes_none_twice(sources, tmp_path, capsys):
+    told = ("calc", sources / "array.npz", "builtin:digits", "--metrics", "fid,kid")
+    expected = numbers(scored(capsys, *told))
+    first = scored(capsys, *told, "--features", tmp_path / "kept")
+    assert {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()} == numbers(first)
+    shards = {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").rglob("*.safetensors")}
+    assert shards
+    assert numbers(scored(capsys, *told, "--features", tmp_path / "kept")) == numbers(first)
+    assert {file: file.stat().st_mtime_ns for file in shards} == shards
+    with pytest.raises(UserError, match="name another folder"):
+        main([*map(str, told[:-1]), "fid", "--features", str(tmp_path / "kept")])
+
+
+def test_two_runs_compare_on_their_common_ids_and_only_under_one_protocol(sources, tmp_path, capsys):
+    alone = {}
+    for name in ("array.npz", "others.npz"):
+        told = ("calc", sources / name, "builtin:digits", "--features", tmp_path / name)
+        alone[name] = scored(capsys, *told)["metrics"]["fid"]["value"]
+    record = scored(capsys, "compare", tmp_path / "array.npz", tmp_path / "others.npz")
+    assert record["metrics"]["fid"]["value"] == pytest.approx(alone["array.npz"] - alone["others.npz"], abs=1e-6)
+    assert record["metrics"]["fid"]["se"] > 0
+    scored(capsys, "calc", sources / "array.npz", "builtin:digits", "--num", 200, "--features", tmp_path / "fewer")
+    with pytest.raises(UserError, match="differ in their protocol"):
+        main(["compare", str(tmp_path / "array.npz"), str(tmp_path / "fewer")])
+    with pytest.raises(UserError, match="holds no finished run"):
+        main(["compare", str(tmp_path / "array.npz"), str(tmp_path)])
+
+
+def test_a_pipeline_is_scored_in_memory_as_its_saved_images_are(tmp_path, capsys):
+    told = ("gen", "builtin:digits", "builtin:digits", "--steps", 2, "--num", 60, "--batch-size", 32)
+    record = scored(capsys, *told, "--save-images", tmp_path / "images")
+    assert len(list((tmp_path / "images").iterdir())) == 60
+    again = scored(capsys, "calc", tmp_path / "images", "builtin:digits")
+    assert numbers(record)["fid"] == pytest.approx(numbers(again)["fid"], rel=1e-9)
+    assert record["cost"]["images_per_second"] > 0
+    twice = scored(capsys, *told, "--repeats", 2)["metrics"]["fid"]
+    assert twice["repeats"][0] == pytest.approx(numbers(record)["fid"][0], rel=1e-9)
+    assert twice["value"] == pytest.approx(sum(twice["repeats"]) / 2)
+
+
+def test_pixels_are_rounded_truncated_or_compressed_as_the_protocol_says():
+    x = torch.linspace(-1.2, 1.2, 8 * 8 * 3).reshape(1, 3, 8, 8)
+    level = (x + 1) * 127.5
+    digits = protocol("digits")
+    assert torch.equal(stored(x, digits), (level + 0.5).floor().clamp(0, 255).to(torch.uint8))
+    truncated = stored(x, digits.changed({"quantisation": "truncate"}))
+    assert torch.equal(truncated, level.clamp(0, 255).floor().to(torch.uint8))
+    lossy = stored(x, digits.changed({"file_form": "jpeg 50"}))
+    assert lossy.shape == (1, 3, 8, 8)
+    assert not torch.equal(lossy, stored(x, digits))
+
+
+def test_repeats_are_summed_up_as_the_protocol_reports_them():
+    repeats = [Value(3.0, 0.3, 10, 2.9), Value(1.0, 0.4, 10, None)]
+    least = summed_up(repeats, protocol("edm-cifar10"))
+    assert (least.value, least.se, least.repeats) == (1.0, 0.4, [3.0, 1.0])
+    mean = summed_up(repeats, protocol("sid-cifar10"))
+    assert (mean.value, mean.se, mean.n, mean.debiased) == (2.0, 0.25, 20, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calc", "builtin:digits", "builtin:digits", "--preset", "digit"], "did you mean digits"),
+        (["calc", "builtin:digits", "builtin:digits", "--num", "9999"], "more than the 1797 images"),
+        (["calc", "builtin:digits", "builtin:digits", "--metrics", "fd"], "metric is one of"),
+        (["calc", "builtin:digits", "builtin:digits", "--metrics", "clip"], "needs --prompts"),
+        (["calc", "builtin:digits", "builtin:digits", "--metrics", "is"], "needs a classifier"),
+        (["calc", "builtin:digits", "builtin:digits", "--preset", "clean"], "inception-2015-12-05"),
+        (["gen", "builtin:nothing", "builtin:digits"], "no bundled teacher"),
+    ],
+)
+def test_a_choice_that_cannot_work_is_one_clear_message(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        main(arguments)
+
+
+def test_presets_are_listed_and_spelled_out(capsys):
+    main(["presets"])
+    assert "coco30k-gigagan" in capsys.readouterr().out
+    main(["presets", "edm-cifar10"])
+    assert capsys.readouterr().out.rstrip("\n") == protocol("edm-cifar10").text()
+
+
+def test_the_doctor_finds_the_arithmetic_in_order(capsys):
+    assert main(["doctor"]) == 0
+    assert "ok       test     distance of two Gaussians" in capsys.readouterr().out
