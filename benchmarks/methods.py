@@ -48,8 +48,8 @@ FEW_STEPS = {
     "digits_sid_2": ("digits_sid_few_step", "method.steps=2"),
     "digits_dmd_2": ("digits_dmd", "method.steps=2", "method.init_ratio=2.5"),
     "digits_dmd_4": ("digits_dmd", "method.steps=4", "method.init_ratio=2.5"),
-    "digits_tscd_2": ("digits_tscd", "method.segments=[8,4,2]", "method.stage_steps=[700,700]"),
-    "digits_tscd_4": ("digits_tscd", "method.segments=[8,4]", "method.stage_steps=[1100]"),
+    "digits_tscd_2": ("digits_tscd", "method.segments=[8,4,2]", "method.stage_steps=[640,640]"),
+    "digits_tscd_4": ("digits_tscd", "method.segments=[8,4]", "method.stage_steps=[1000]"),
 }
 """The same with more calls, where a method has them: a recipe and what it is told."""
 TEACHER_STEPS = (50, 32, 16, 8, 4, 2, 1)
