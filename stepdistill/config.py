@@ -223,6 +223,12 @@ class Evaluate(Section):
         """The preset with these metrics."""
         return protocol(self.preset).changed({"metrics": self.metrics})
 
+    def text(self) -> str:
+        """What will be measured, in a line."""
+        said = f"{', '.join(self.protocol.values)} of {self.samples:,} images by {self.preset} against {self.reference}"
+        said += f"; of {self.curve_samples:,} every {self.every_images:,} images" if self.every_images else ""
+        return said + (f", the best by {self.best} kept" if self.best else "")
+
 
 class Export(Section):
     """How the student is written."""
