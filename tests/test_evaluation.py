@@ -6,17 +6,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import families
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from test_distill import ROOT, environment, metrics, same, student_weights
+from test_families import recipe
 from test_inception import StandIn
 from test_stages import DMD, chained
 
 from stepdistill.__main__ import main
 from stepdistill.best import FILE, Best
 from stepdistill.config import Evaluate
+from stepdistill.distill import Run
 from stepdistill.errors import UserError
 from stepdistill.fid import main as fid
 from stepdistill.images import load_digits
@@ -103,6 +106,16 @@ def test_measuring_and_keeping_change_no_training(judged, teachers, tmp_path):
     assert run(tmp_path / "run", teachers(), *options) == 0
     assert curve(tmp_path / "run") == {}
     assert same(student_weights(judged), student_weights(tmp_path / "run"))
+
+
+def test_writing_a_student_leaves_the_generators_of_the_training_alone(tmp_path):
+    """A pipeline with a VAE is checked on torch's global generator."""
+    run = Run(recipe("dit", families.build("dit", tmp_path / "dit"), "sid", tmp_path / "run"))
+    before = torch.get_rng_state()
+    with torch.no_grad(), run.trainer.averaged_weights() as averaged:
+        run.outcome.write(averaged, run.sampler, run.hosted, tmp_path / "best")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "Not evaluated" in (tmp_path / "best/README.md").read_text()
 
 
 def test_of_several_stages_all_are_measured_and_the_best_is_the_last_ones(teachers, tmp_path):

@@ -261,7 +261,7 @@ def test_half_a_character_in_a_name_is_written_as_its_number(tmp_path):
         ("metrics.jsonl", "[]\n", "metrics.jsonl is not what"),
         ("evaluation.json", '[{"label": ', "evaluation.json cannot be read"),
         ("evaluation.json", "7", "evaluation.json is not what"),
-        ("evaluation.json", '{"versions": {}, "rows": [{"label": "student"}]}', "'network_calls'"),
+        ("evaluation.json", '{"versions": {}, "rows": [{"label": "student"}]}', "'metrics'"),
         ("config.yaml", "teacher: [", "config.yaml cannot be read"),
         ("config.yaml", "- 1", "config.yaml is not what"),
         ("config.yaml", "teacher: x", "'method'"),
