@@ -23,7 +23,7 @@ from .metrics.extractors import load_extractor
 from .metrics.forms import Statistics
 from .metrics.influence import paired_difference, paired_mean_difference
 from .metrics.presets import protocol as preset
-from .metrics.protocols import Protocol
+from .metrics.protocols import CLASSIFIERS, Protocol
 from .metrics.ranks import device_of_rank, rank_and_world
 from .metrics.score import FRECHET, SINGLE, Collected, Network, References, Stream, collect, reader
 from .metrics.sources import open_source
@@ -115,7 +115,7 @@ class Run:
             return None
 
         def at(network: Network) -> FeatureStore:
-            classes = 1008 if "is" in self.protocol.metrics else 0
+            classes = 1008 if network.name in CLASSIFIERS else 0
             manifest = Manifest(self.protocol.digest(), made_by, network.dimension, classes, "float32")
             return FeatureStore(folder / network.name.replace(" ", "-"), manifest)
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import families
 import numpy as np
@@ -85,7 +86,7 @@ def test_the_best_student_is_a_pipeline_that_says_what_it_is(judged):
     assert told["value"] == min(values.values())
     assert values[told["step"]] == told["value"]
     assert (told["metric"], told["images"], told["samples"]) == ("kid", 4 * told["step"], 40)
-    pipeline = DiffusionPipeline.from_pretrained(judged / "best")
+    pipeline: Any = DiffusionPipeline.from_pretrained(judged / "best")
     assert pipeline(num_inference_steps=1, output_type="np").images.shape == (1, 8, 8, 1)
     assert "fd-digits-v1" in (judged / "best/README.md").read_text()
     assert not list(judged.glob("best.*"))
@@ -167,7 +168,7 @@ def test_another_protocol_judges_with_its_own_network(inception, teachers, tmp_p
     assert json.loads((folder / "best" / FILE).read_text())["value"] == max(curve(folder, "is").values())
     assert "kid (+- se)" in capsys.readouterr().out
     command = ["gen", str(folder / "student"), reference, "--preset", "clean", "--metrics", "kid,is", "--num", "30"]
-    assert fid([*command, "--json"]) == 0
+    assert fid([*command, "--json", "--features", str(tmp_path / "kept")]) == 0
     record = json.loads(capsys.readouterr().out)["metrics"]
     row = student(folder)
     assert row["class_shares"] == []
