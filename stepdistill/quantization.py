@@ -71,27 +71,26 @@ class _NF4(nn.Module):
 
 
 def _from_file(teacher: Teacher, file: Path) -> nn.Module:
-    whole = teacher.network
-    config = GGUFQuantizationConfig(compute_dtype=whole.dtype)
-    settings = str(part(teacher.folder, teacher.family.component))
+    whole, kind = teacher.network, teacher.family.network
+    misfit = f"training.quantize_teacher: {file} does not hold the {kind.__name__} of {teacher.source}"
     try:
-        network = cast(Any, teacher.family.network).from_single_file(
-            str(file), config=settings, quantization_config=config, torch_dtype=whole.dtype
+        network = cast(Any, kind).from_single_file(
+            str(file),
+            config=str(part(teacher.folder, teacher.family.component)),
+            quantization_config=GGUFQuantizationConfig(compute_dtype=whole.dtype),
+            torch_dtype=whole.dtype,
         )
     except Exception as error:  # names of other tools are translated, which fails in as many ways as there are files
-        raise UserError(f"{_misfit(teacher, file)}: {first_line(error)}") from None
+        raise UserError(f"{misfit}: {first_line(error)}") from None
+    if missing := [name for name, parameter in network.named_parameters() if parameter.is_meta]:
+        raise UserError(f"{misfit}: it has no {missing[0]}")
     unpack: Any = importlib.import_module("diffusers.quantizers.gguf.utils").dequantize_gguf_tensor
-    for place, module in network.named_modules():
+    for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                raise UserError(f"{_misfit(teacher, file)}: it has no {f'{place}.{name}'.lstrip('.')}")
-            if parameter.dtype == torch.uint8 and not (isinstance(module, nn.Linear) and name == "weight"):
-                setattr(module, name, nn.Parameter(unpack(parameter).to(whole.dtype)))  # only linear layers do it
+            unpacks = isinstance(module, nn.Linear) and name == "weight"
+            if parameter.dtype == torch.uint8 and not unpacks:
+                setattr(module, name, nn.Parameter(unpack(parameter).to(whole.dtype)))
     return network.to(whole.device)
-
-
-def _misfit(teacher: Teacher, file: Path) -> str:
-    return f"training.quantize_teacher: {file} does not hold the {teacher.family.network.__name__} of {teacher.source}"
 
 
 def check_quantized(network: nn.Module, asked: str) -> None:
