@@ -172,7 +172,7 @@ class Denoiser:
 
     def _called(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         """The network's output in at least float32; a network in half precision is told so."""
-        weight = next(self.network.parameters(), x)
+        weight = next(filter(Tensor.is_floating_point, self.network.parameters()), x)
         if weight.dtype in (torch.bfloat16, torch.float16):
             x = x.to(weight.dtype)
             cond = {key: value.to(x.dtype) if value.is_floating_point() else value for key, value in cond.items()}
