@@ -109,6 +109,8 @@ class Training(Section):
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
     guidance_in_two_passes: bool = False
     """Call a guided teacher twice, in place of once with a doubled batch: less memory, more time."""
+    frozen_batch_size: PositiveInt | None = None
+    """Rows that a frozen network is called with at a time; null is all.  Less memory where no gradient goes through."""
     teacher_dtype: Precision = "float32"
     """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
     quantize_teacher: Annotated[str, AfterValidator(_bits)] | None = None
