@@ -136,7 +136,7 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
             nn.Module.to(network, half)
             for layer in network.modules():
                 if "compute_dtype" in vars(layer):  # of a GGUF file, which autocast sees to in a run
-                    layer.compute_dtype = half
+                    vars(layer)["compute_dtype"] = half
     step = Step(stage, trainer)
     with patch.object(functional, "scaled_dot_product_attention", _fused):
         peak, flops = measured(step, step.everything(), META)

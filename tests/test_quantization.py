@@ -23,13 +23,12 @@ from stepdistill.quantization import quantized
 from stepdistill.teacher import Teacher, load_teacher
 
 
-def needs(kind, package):
-    absent = importlib.util.find_spec(package) is None
-    return pytest.param(kind, marks=pytest.mark.skipif(absent, reason=f"{package} is not installed"))
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
-with_gguf = needs("gguf", "gguf").marks[0]
-KINDS = [needs("int8", "torchao"), needs("nf4", "bitsandbytes"), needs("gguf", "gguf")]
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes", "gguf": "gguf"}
+KINDS = [pytest.param(kind, marks=needs(package)) for kind, package in PACKAGES.items()]
 ROUNDING = {"int8": 0.02, "nf4": 0.2, "gguf": 0.02}
 """Relative, of an output; four bits are a sixteenth as fine as eight."""
 
@@ -182,7 +181,7 @@ def test_files_that_are_not_there_or_cannot_be_read_into_a_network_are_refused(f
         check_learners(tiny_unet(), training, conditioned=False)
 
 
-@with_gguf
+@needs("gguf")
 def test_a_file_of_another_network_or_of_a_part_of_one_is_refused(flux, tmp_path):
     weights = flux.network.state_dict()
     part = {key: value for key, value in weights.items() if "proj_mlp" not in key}
