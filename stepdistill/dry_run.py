@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conditions import Cond
-from .config import Config, Stage, Training
+from .config import Config, Evaluate, Stage, Training
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
 from .learners import learning, networks, tune
 from .preflight import check_trackers, checked
@@ -62,7 +62,14 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         lines += rehearse(stage, config).lines(stage, tflops)
     pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
     lines += ["", f"student   {pipeline} with {hosted.scheduler_name}, {hosted.steps} network call(s)"]
+    lines += [f"evaluate  {_judged(config.evaluate)}"] if config.evaluate else []
     return "\n".join(lines)
+
+
+def _judged(told: Evaluate) -> str:
+    said = f"{', '.join(told.protocol.values)} of {told.samples:,} images by {told.preset} against {told.reference}"
+    said += f"; of {told.curve_samples:,} every {told.every_images:,} images" if told.every_images else ""
+    return said + (f", the best by {told.best} kept" if told.best else "")
 
 
 @dataclass(frozen=True)

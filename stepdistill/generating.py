@@ -50,7 +50,7 @@ def gen(
     if save_images is not None:
         save_images.mkdir(parents=True, exist_ok=True)
     traces = tracing(asked)
-    made = _Generated(traces, protocol, options.batch_size, save_images)
+    made = Generated(traces, protocol, options.batch_size, save_images)
     if options.features is not None and protocol.repeats > 1:
         raise UserError("--features keeps one set of images; add --repeats 1")
     found = [
@@ -60,16 +60,18 @@ def gen(
     metrics = {name: summed_up([each[name] for each in found], protocol) for name in found[0]}
     total = protocol.samples * protocol.repeats / rank_and_world()[1]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
-    cost = {"images_per_second": total / made.seconds, "generation_seconds": made.seconds, "peak_bytes": peak}
+    seconds = sum(seconds for _, seconds in made.batches)
+    cost = {"images_per_second": total / seconds, "generation_seconds": seconds, "peak_bytes": peak}
     return run.record(asked.source, metrics, cost=cost, steps=asked.steps)
 
 
-class _Generated:
-    """Images as they are asked for, and the seconds that making them took."""
+class Generated:
+    """Images as they are asked for, and what making them took."""
 
-    def __init__(self, traces: Traces, protocol: Protocol, batch_size: int, folder: Path | None) -> None:
+    def __init__(self, traces: Traces, protocol: Protocol, batch_size: int, folder: Path | None = None) -> None:
         self.traces, self.protocol, self.batch_size, self.folder = traces, protocol, batch_size, folder
-        self.seconds = 0.0
+        self.batches: list[tuple[int, float]] = []
+        """Images and seconds of every batch."""
 
     def stream(self, first: int) -> Stream:
         """The samples ``first + ids``."""
@@ -84,7 +86,7 @@ class _Generated:
     def _made(self, ids: list[int]) -> list[Tensor]:
         began = time.perf_counter()
         pixels = stored(self.traces(ids)[:, -1], self.protocol)
-        self.seconds += time.perf_counter() - began
+        self.batches.append((len(ids), time.perf_counter() - began))
         if self.folder is not None:
             for k, image in zip(ids, pixels, strict=True):
                 to_picture(image).save(self.folder / f"{k:06d}.png", compress_level=1)

@@ -214,18 +214,38 @@ def _read(part: Collected, store: FeatureStore, ids: range, rank: int, world: in
             part.add(range(own.start, min(own.stop, ids.stop)), Features(found.features[inside].float(), logits))
 
 
+@dataclass(frozen=True, eq=False)
+class References:
+    """What each metric compares with; made once for any number of measurements."""
+
+    moments: Mapping[str, Reference]
+    features: Mapping[str, Tensor]
+
+
+def references(found: Mapping[str, Collected | Statistics], protocol: Protocol) -> References:
+    """What every metric takes of images or their statistics.
+
+    Raises:
+        UserError: too few images, or statistics without what a metric needs.
+    """
+    return References(
+        {metric: _moments(each, protocol) for metric, each in found.items() if metric in FRECHET},
+        {metric: _features(each, metric) for metric, each in found.items() if metric not in FRECHET},
+    )
+
+
 def values(
     protocol: Protocol,
     metrics: Sequence[str],
     generated: Mapping[str, Collected],
-    reference: Mapping[str, Collected] | Statistics,
+    reference: References,
     *,
     prompts: Sequence[str] = (),
 ) -> dict[str, Value]:
     """Every metric by name; precision, recall, density and coverage are four.
 
     Raises:
-        UserError: too few images for a metric, or a reference that it cannot use.
+        UserError: too few images for a metric.
     """
     found: dict[str, Value] = {}
     for metric in metrics:
@@ -234,27 +254,27 @@ def values(
             found[metric] = Value(scores.mean().item(), scores.std().item() / len(scores) ** 0.5, len(scores))
         elif metric in FRECHET:
             sums = generated[metric].sums
-            distance = frechet_distance(sums, _moments(reference, metric, protocol), ddof=protocol.ddof)
+            distance = frechet_distance(sums, reference.moments[metric], ddof=protocol.ddof)
             found[metric] = Value(distance.value, distance.se, distance.n, distance.debiased)
         elif metric in SINGLE:
             found[metric] = _single(metric, generated[metric].features(), protocol, prompts)
         else:
-            found |= _compared(metric, generated[metric].features().features, _features(reference, metric), protocol)
+            found |= _compared(metric, generated[metric].features().features, reference.features[metric], protocol)
     return found
 
 
-def _moments(reference: Mapping[str, Collected] | Statistics, metric: str, protocol: Protocol) -> Reference:
-    if isinstance(reference, Statistics):
-        return Reference(reference.moments(None if reference.n else protocol.reference_count))
-    return Reference(reference[metric].sums.moments())
+def _moments(found: Collected | Statistics, protocol: Protocol) -> Reference:
+    if isinstance(found, Statistics):
+        return Reference(found.moments(None if found.n else protocol.reference_count))
+    return Reference(found.sums.moments())
 
 
-def _features(reference: Mapping[str, Collected] | Statistics, metric: str) -> Tensor:
-    if not isinstance(reference, Statistics):
-        return reference[metric].features().features
-    if reference.features is None:
+def _features(found: Collected | Statistics, metric: str) -> Tensor:
+    if not isinstance(found, Statistics):
+        return found.features().features
+    if found.features is None:
         raise UserError(f"{metric} compares single images, and these statistics hold none; give the reference images")
-    return reference.features
+    return found.features
 
 
 def _single(metric: str, found: Features, protocol: Protocol, prompts: Sequence[str]) -> Value:
@@ -263,8 +283,7 @@ def _single(metric: str, found: Features, protocol: Protocol, prompts: Sequence[
     if metric == "diversity":
         numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
         return per_prompt_diversity(found.features, torch.tensor([numbers[prompt] for prompt in prompts]))
-    if found.logits is None:
-        raise UserError(f"the inception score needs a classifier, and {protocol.extractor} is none")
+    assert found.logits is not None
     # Images may come in the order of their classes.
     order = torch.randperm(len(found.logits), generator=torch.Generator().manual_seed(0))
     return inception_score_splits(found.logits[order].tensor_split(protocol.is_splits))
