@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -140,6 +141,15 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         )
     if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
         raise UserError("training.quantize_teacher needs torchao; pip install stepdistill[quantize]")
+    if conditioned and not time_embeddings(network):
+        raise UserError(
+            f"{type(network).__name__} has no place where a student can be told a second time, or a scale drawn from a "
+            "range: a diffusers TimestepEmbedding named time_embedding; take another method, or one guidance scale"
+        )
+    if training.gradient_checkpointing and not isinstance(network, ModelMixin):
+        raise UserError(
+            "training.gradient_checkpointing is of diffusers' networks; remove it, and checkpoint in your own forward"
+        )
     if training.gradient_checkpointing and conditioned and len(time_embeddings(network)) > 1:
         raise UserError(
             "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "
@@ -155,5 +165,5 @@ def _check_attention(network: nn.Module, backend: str) -> None:
         raise UserError(f"training.attention: {type(network).__name__} leaves no choice of attention; remove it")
     try:
         cast(Any, network).set_attention_backend(backend)
-    except (RuntimeError, ValueError, ImportError) as error:
+    except (RuntimeError, ValueError, ImportError, AttributeError) as error:
         raise UserError(f"training.attention: {first_line(error)}") from None

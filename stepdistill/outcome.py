@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
 from .config import Config
 from .data import DataFree
@@ -22,6 +23,7 @@ from .evaluation import Evaluator, Measurement
 from .export import Host, empty_parts, export, export_lora, reads_adapters
 from .hosting import Plan
 from .own_code import code_of
+from .plain_student import plain_usage
 from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .sources import is_local
@@ -101,6 +103,8 @@ class Outcome:
                 print(f"\nadapters {folder}, for the teacher's own pipeline:\n\n{lines}")
 
     def _usage(self, folder: Path, hosted: Plan) -> str:
+        if self.teacher.family is PLAIN:
+            return plain_usage(folder, self.teacher)
         code = code_of(self.student_folder)
         return usage(
             folder,
