@@ -66,7 +66,7 @@ def load_plain(source: str | Path, network: nn.Module) -> PlainStudent:
     told = _description(folder)
     try:
         sampler = StudentSampler(**{**told["sampler"], "times": tuple(told["sampler"]["times"])})
-        process, shape, classes = _process(told["process"]), tuple(told["shape"]), told["classes"]
+        process, shape, classes = _process(told["process"], told["settings"]), tuple(told["shape"]), told["classes"]
         denoiser = Denoiser(network, process, told["target"], PLAIN.call, sigma_data=told["sigma_data"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}/{DESCRIPTION} is not what an export writes: {error!r}") from None
@@ -94,11 +94,11 @@ def write_plain(network: nn.Module, sampler: StudentSampler, teacher: Teacher, f
     folder.mkdir(parents=True)
     save_model(network, str(folder / WEIGHTS))
     process = teacher.denoiser.native
-    told = {field.name: vars(process)[field.name] for field in fields(process) if field.init}  # type: ignore[arg-type]
+    values = {field.name: vars(process)[field.name] for field in fields(process) if field.init}  # type: ignore[arg-type]
     description = {
         "sampler": asdict(replace(sampler, target_time=None)),
-        "process": {"name": type(process).__name__}
-        | {key: value.tolist() if isinstance(value, Tensor) else value for key, value in told.items()},
+        "process": type(process).__name__,
+        "settings": {key: value.tolist() if isinstance(value, Tensor) else value for key, value in values.items()},
         "target": teacher.denoiser.target,
         "sigma_data": teacher.denoiser.sigma_data,
         "shape": teacher.sample_shape,
@@ -147,9 +147,8 @@ def _description(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/{DESCRIPTION} is not what an export writes: {error!r}") from None
 
 
-def _process(told: dict[str, Any]) -> NoiseProcess:
-    fields = {
-        key: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
-        for key, value in told.items()
-    }
-    return PROCESSES[fields.pop("name")](**fields)
+def _process(name: str, settings: dict[str, Any]) -> NoiseProcess:
+    def value(told: Any) -> Any:  # noqa: ANN401
+        return torch.tensor(told, dtype=torch.float64) if isinstance(told, list) else told
+
+    return PROCESSES[name](**{key: value(told) for key, told in settings.items()})
