@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stepdistill import Plain, load_plain
+from stepdistill import Plain, load_plain, plain_student
 from stepdistill.__main__ import main
 from stepdistill.config import Config
 from stepdistill.denoiser import Denoiser
@@ -22,10 +23,13 @@ from stepdistill.dry_run import dry_run
 from stepdistill.errors import UserError
 from stepdistill.images import to_uint8
 from stepdistill.plain import plain_of
+from stepdistill.plain_student import plain_error
 from stepdistill.process import Flow
+from stepdistill.push import push
 from stepdistill.sample import Sampling, sample, tracing
 from stepdistill.samplers import SampleNoise, sample_ode
 from stepdistill.student import teacher_of
+from stepdistill.teacher import load_teacher
 
 FILE = Path(plain_teachers.__file__)
 SCORE: dict[str, Any] = {"init_ratio": 2.0, "input": "unit"}
@@ -153,6 +157,24 @@ def student(tmp_path) -> Path:
 def read(folder: Path) -> torch.Tensor:
     pictures = [Image.open(path) for path in sorted(folder.iterdir())]
     return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+
+
+def test_the_check_of_the_export_can_fail(student):
+    found, told = load_plain(student, plain_teachers.vp_eps().network), load_teacher(teacher("vp_eps"))
+    assert plain_error(found.denoiser, found.sampler, told, student, {}) < 1e-6
+    assert plain_error(found.denoiser, replace(found.sampler, times=(0.5, 0.3)), told, student, {}) > 1e-2
+    assert plain_error(told.denoiser, found.sampler, told, student, {}) > 1e-2
+
+
+def test_it_goes_to_the_hub_and_comes_from_there(student, monkeypatch):
+    said = push(student.parent, "me/mine", dry_run=True)
+    assert "network.safetensors" in said
+    asked = []
+    monkeypatch.setattr(
+        plain_student, "snapshot_download", lambda source, allow_patterns: asked.append(source) or str(student)
+    )
+    assert load_plain("me/mine", plain_teachers.vp_eps().network).shape == (1, 8, 8)
+    assert asked == ["me/mine"]
 
 
 def test_the_lines_of_its_card_use_it(student):
