@@ -161,9 +161,10 @@ def _check_attention(network: nn.Module, backend: str) -> None:
     names = sorted(name.value for name in AttentionBackendName)
     if backend not in names:
         raise UserError(f"training.attention: no backend {backend!r}; there are {', '.join(names)}")
-    if not any(isinstance(module, AttentionModuleMixin) for module in network.modules()):
+    chooses = any(isinstance(module, AttentionModuleMixin) for module in network.modules())
+    if not (chooses and isinstance(network, ModelMixin)):
         raise UserError(f"training.attention: {type(network).__name__} leaves no choice of attention; remove it")
     try:
         cast(Any, network).set_attention_backend(backend)
-    except (RuntimeError, ValueError, ImportError, AttributeError) as error:
+    except (RuntimeError, ValueError, ImportError) as error:
         raise UserError(f"training.attention: {first_line(error)}") from None

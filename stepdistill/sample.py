@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -159,7 +158,8 @@ def _write(traces: Traces, ids: range, batch_size: int, output: Path, pictures: 
 def _student(asked: Sampling, device: torch.device) -> Traces:
     """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
     pipeline, sampler, *_ = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
-    data, calls = _draws(asked, *_of_unet(pipeline.unet), device), len(sampler.times)
+    config, calls = pipeline.unet.config, len(sampler.times)
+    data = _draws(asked, square(config), config["num_class_embeds"], device)
 
     def images(ids: Sequence[int]) -> Tensor:
         generators = SampleNoise(ids, data.shape).generators
@@ -245,9 +245,10 @@ def _hybrid(asked: Sampling, device: torch.device) -> Traces:
     """The teacher's first steps, then the student's calls."""
     source = asked.source
     pipeline, recorded, label, _ = exported(source, device)
-    data = _draws(asked, *_of_unet(pipeline.unet), device)
+    shape, classes = square(pipeline.unet.config), pipeline.unet.config["num_class_embeds"]
+    data = _draws(asked, shape, classes, device)
     teacher, guided = teacher_of(source, asked.teacher, device)
-    if (teacher.sample_shape, teacher.classes) != (data.shape, pipeline.unet.config["num_class_embeds"]):
+    if (teacher.sample_shape, teacher.classes) != (shape, classes):
         raise UserError(f"{teacher.source} and {source} differ in the size of a sample or the number of classes")
     if len(recorded.times) == 1:
         student, recorded = one_step(source, pipeline, recorded, label, teacher.denoiser.process)
@@ -268,11 +269,6 @@ def _hybrid(asked: Sampling, device: torch.device) -> Traces:
         return trace_x0(sampler.trace(guided, student, noise(), data.cond(ids), renoise=noise))
 
     return traces
-
-
-def _of_unet(unet: UNet2DModel) -> tuple[tuple[int, ...], int | None]:
-    """The shape of a sample, and the number of classes."""
-    return square(unet.config), unet.config["num_class_embeds"]
 
 
 def _draws(asked: Sampling, shape: tuple[int, ...], classes: int | None, device: torch.device) -> DataFree:

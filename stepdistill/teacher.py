@@ -155,7 +155,7 @@ def load_teacher(
 def _plain(source: str, resolution: int | None, dtype: Precision, *, weights: bool) -> Teacher:
     """The network that a function returns, which is asked also where the weights are of no use."""
     plain = plain_of(source)
-    network = nn.Module.to(plain.network, getattr(torch, dtype)).eval().requires_grad_(False)
+    network = plain.network.to("cpu", getattr(torch, dtype)).eval().requires_grad_(False)
     scale = check_plain(plain, source)
     if resolution not in (None, plain.shape[1] * scale):
         raise UserError(f"data.resolution={resolution}: {source} makes {plain.shape[1] * scale} only; remove it")

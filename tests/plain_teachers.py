@@ -33,14 +33,17 @@ class Conv(nn.Module):
 class Timed(nn.Module):
     """An MLP whose time embedding is diffusers' own, under its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int | None = None) -> None:
         super().__init__()
+        self.classes = nn.Embedding(classes, 16) if classes else None
         self.time_proj = Timesteps(8, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(8, 16)
         self.enter, self.leave = nn.Linear(64, 16), nn.Linear(16, 64)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, class_labels: Tensor | None = None) -> Tensor:
         told = self.time_embedding(self.time_proj(label).to(x.dtype))
+        if self.classes is not None:
+            told = told + self.classes(class_labels)
         return self.leave(torch.nn.functional.silu(self.enter(x.flatten(1)) + told)).view_as(x)
 
 
@@ -77,6 +80,11 @@ def timed() -> Plain:
 def with_classes() -> Plain:
     torch.manual_seed(7)
     return Plain(Conv(classes=4, scale=0.01), process=TABLE, target="eps", shape=(1, 8, 8), classes=4)
+
+
+def timed_with_classes() -> Plain:
+    torch.manual_seed(10)
+    return Plain(Timed(4), process=TABLE, target="eps", shape=(1, 8, 8), classes=4)
 
 
 def latents() -> Plain:

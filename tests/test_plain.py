@@ -116,6 +116,7 @@ def test_the_exported_student_is_the_sampler_of_the_run(name, method, tmp_path):
     "changes",
     [
         {"data": {"class_labels": "uniform", "null_label": 3, "guidance_scale": 2.0}},
+        {"data": {"class_labels": "uniform", "null_label": 3, "guidance_scale": [1, 3]}},
         {"training": {"lora": {role: {"rank": 2, "targets": ["enter", "leave"]} for role in ("student", "fake")}}},
         {"training": {"teacher_dtype": "bfloat16", "gradient_accumulation": 2}},
         {
@@ -125,13 +126,49 @@ def test_the_exported_student_is_the_sampler_of_the_run(name, method, tmp_path):
         },
         {"method": {"name": "disback", "method": SID, "record_steps": 2, "points": 2, "switch_every": 1}, "steps": 4},
     ],
-    ids=["guided classes", "adapters", "a teacher in half precision", "stages", "kept networks"],
+    ids=["guided classes", "a range of guidance", "adapters", "a teacher in half precision", "stages", "kept networks"],
 )
 def test_guidance_adapters_stages_and_resuming_are_as_for_pipelines(changes, tmp_path):
-    name = "with_classes" if "data" in changes else "vp_eps"
+    name = "timed_with_classes" if "data" in changes else "vp_eps"
     told = config(name, tmp_path / "run", **{"method": SID, **changes})
     folder = distill(told)
     assert distance(told.model_copy(update={"resume": True}), folder) < 1e-5
+
+
+WRAPPED = """
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import nn
+
+from stepdistill import Plain
+from stepdistill.process import VP
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet2DModel.from_pretrained(FOLDER, subfolder="unet")
+
+    def forward(self, x, label):
+        return self.unet(x, label).sample
+
+
+def teacher():
+    table = DDPMScheduler.from_pretrained(FOLDER, subfolder="scheduler").alphas_cumprod
+    return Plain(Wrapped(), process=VP(table.double()), target="eps", shape=(1, 8, 8))
+"""
+
+
+@pytest.mark.parametrize("method", [SID, {"name": "boot", "t_max": 0.7}], ids=["sid", "boot"])
+def test_the_network_of_a_pipeline_learns_the_same_without_its_pipeline(method, teachers, tmp_path):
+    (tmp_path / "wrapped.py").write_text(WRAPPED.replace("FOLDER", repr(str(teachers()))))
+    learned = []
+    for name in (str(teachers()), f"python:{tmp_path}/wrapped.py:teacher"):
+        run = Run(config("", tmp_path / "run", method, teacher=name, training={"log_every": 100}))
+        for _ in run.trainer.run(2):
+            pass
+        learned.append(list(run.trainer.student.parameters()))
+    assert len(learned[0]) == len(learned[1])
+    assert all(torch.equal(mine, other) for mine, other in zip(*learned, strict=True))
 
 
 def test_a_stopped_run_goes_on_exactly(tmp_path):
