@@ -132,15 +132,6 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         raise UserError(
             f"training.compile: no backend {training.compile!r}; there are {', '.join(torch._dynamo.list_backends(()))}"
         )
-    if training.attention:
-        _check_attention(network, training.attention)
-    if training.lora and (training.quantize_teacher or training.offload_teacher):
-        raise UserError(
-            "training.quantize_teacher and training.offload_teacher are for a teacher whose memory nobody shares; "
-            f"adapters rest on it: remove training.lora of {', '.join(training.lora)}, or set teacher_dtype=bfloat16"
-        )
-    if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
-        raise UserError("training.quantize_teacher needs torchao; pip install stepdistill[quantize]")
     if conditioned and not time_embeddings(network):
         raise UserError(
             f"{type(network).__name__} has no place where a student can be told a second time, or a scale drawn from a "
@@ -150,6 +141,15 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         raise UserError(
             "training.gradient_checkpointing is of diffusers' networks; remove it, and checkpoint in your own forward"
         )
+    if training.attention:
+        _check_attention(network, training.attention)
+    if training.lora and (training.quantize_teacher or training.offload_teacher):
+        raise UserError(
+            "training.quantize_teacher and training.offload_teacher are for a teacher whose memory nobody shares; "
+            f"adapters rest on it: remove training.lora of {', '.join(training.lora)}, or set teacher_dtype=bfloat16"
+        )
+    if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
+        raise UserError("training.quantize_teacher needs torchao; pip install stepdistill[quantize]")
     if training.gradient_checkpointing and conditioned and len(time_embeddings(network)) > 1:
         raise UserError(
             "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "
