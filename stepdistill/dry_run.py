@@ -25,8 +25,9 @@ from .backbones.plain import PLAIN
 from .conditions import Cond
 from .config import Config, Stage, Training
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
-from .learners import learning, networks, quantized, tune
+from .learners import learning, networks, tune
 from .preflight import check_trackers, checked
+from .quantization import quantized
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer
 
@@ -133,10 +134,14 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
     )
     frozen = {role: trainer.frozen[role].network for role in ("teacher", *stage.method.frozen_roles)}
     roles = {role: role_of(network, role, training) for role, network in {**frozen, **made}.items()}
+    roles["teacher"] = replace(roles["teacher"], weights=sum(p.numel() for p in teacher.network.parameters()))
     if training.mixed_precision != "no":
         half = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float16
         for network in (*made.values(), *(net.network for net in trainer.frozen.values())):
             nn.Module.to(network, half)
+            for layer in network.modules():
+                if "compute_dtype" in vars(layer):  # of a GGUF file, which autocast sees to in a run
+                    vars(layer)["compute_dtype"] = half
     step = Step(stage, trainer)
     with patch.object(functional, "scaled_dot_product_attention", _fused):
         peak, flops = measured(step, step.everything(), META)
