@@ -19,12 +19,11 @@ from .metrics.base import Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.extractors import load_extractor
 from .metrics.forms import Statistics
-from .metrics.frechet import Reference
 from .metrics.influence import paired_difference, paired_mean_difference
 from .metrics.presets import protocol as preset
 from .metrics.protocols import Protocol
-from .metrics.ranks import device_of_rank, rank_and_world
-from .metrics.score import FRECHET, SINGLE, Collected, Network, Stream, collect, networks, reader, values
+from .metrics.ranks import device_of_rank, gathered, rank_and_world
+from .metrics.score import FRECHET, SINGLE, Collected, Network, Stream, collect, fitted, networks, reader, values
 from .metrics.sources import open_source
 from .metrics.statistics import read_statistics, write_statistics
 from .metrics.store import FeatureStore, Manifest, read_manifest
@@ -60,8 +59,12 @@ class Options:
 class Run:
     """One protocol, its networks, and what was noted on the way."""
 
-    def __init__(self, options: Options, reference: str, changes: dict[str, object]) -> None:
+    def __init__(
+        self, options: Options, reference: str, changes: dict[str, object], *, images: int | None = None
+    ) -> None:
         self.options, self.reference, self.device = options, reference, device_of_rank()
+        self.images = images
+        """How many there are, of which some may be asked for; ``None`` where they are made."""
         base = preset(options.preset or ("digits" if reference.startswith("builtin:digits") else "clean"))
         if options.metrics:
             changes = {**changes, "metrics": options.metrics}
@@ -86,8 +89,9 @@ class Run:
         if self.options.prompts is None:
             raise UserError(f"{metric} of {self.protocol.name} needs --prompts FILE, or --metrics without it")
         found = read_prompts(self.options.prompts)
-        if len(found) < count:
-            raise UserError(f"{self.options.prompts} holds {len(found)} prompts for {count} images; give one an image")
+        if len(found) < count or (self.images and len(found) not in (count, self.images)):
+            images = self.images or count
+            raise UserError(f"{self.options.prompts} holds {len(found)} prompts for {images} images; give one an image")
         return found[:count]
 
     def _extractor(self, name: str) -> Any:  # noqa: ANN401
@@ -114,23 +118,23 @@ class Run:
 
         return at
 
-    def referred(self, needed: dict[str, Network]) -> dict[str, Collected] | Statistics:
-        """What the images are compared with."""
+    def referred(self, needed: dict[str, Network]) -> dict[str, Collected | Statistics]:
+        """What the images are compared with, by each metric that compares them."""
         began = time.perf_counter()
         compared = {metric: network for metric, network in needed.items() if metric not in (*SINGLE, "clip")}
-        found: dict[str, Collected] | Statistics = {}
-        if compared and _is_statistics(self.reference):
-            kinds = {FRECHET.get(metric, "fid") for metric in compared}
-            if len(kinds) > 1:
-                raise UserError(f"{self.reference} is read for one network; ask for {', '.join(kinds)} one by one")
-            first = next(iter(compared.values()))
-            found = read_statistics(self.reference, kind=kinds.pop(), extractor=first.name, dimension=first.dimension)
-        elif compared:
+        statistics, images = _contents(self.reference)
+        fits = [metric for metric in compared if statistics and (metric in FRECHET or not images)]
+        found: dict[str, Collected | Statistics] = {metric: self._fit(metric, compared.pop(metric)) for metric in fits}
+        if compared:
             source = open_source(self.reference)
             stream = reader(source, batch_size=self.options.batch_size, workers=self.options.workers, skip_broken=None)
-            found = collect(stream, len(source), compared, device=self.device)
+            found |= collect(stream, len(source), compared, device=self.device)
         self.seconds["reference"] = time.perf_counter() - began
         return found
+
+    def _fit(self, metric: str, network: Network) -> Statistics:
+        kind = FRECHET.get(metric, "fid")
+        return read_statistics(self.reference, kind=kind, extractor=network.name, dimension=network.dimension)
 
     def measured(self, stream: Stream, count: int, made_by: str) -> dict[str, Value]:
         """Every metric of ``count`` images."""
@@ -183,10 +187,12 @@ def calc(images: str, reference: str, options: Options) -> dict[str, Any]:
     count = len(source) if options.count is None else options.count
     if count > len(source):
         raise UserError(f"--num {count} is more than the {len(source)} images of {images}")
-    run = Run(options, reference, {"samples": count})
+    run = Run(options, reference, {"samples": count}, images=len(source))
     skipped = run.skipped if options.skip_broken else None
     stream = reader(source, batch_size=options.batch_size, workers=options.workers, skip_broken=skipped)
-    return run.record(images, run.measured(stream, count, images))
+    metrics = run.measured(stream, count, images)
+    run.skipped = sorted(name for names in gathered(run.skipped) for name in names)
+    return run.record(images, metrics)
 
 
 def ref(images: str, out: Path, options: Options) -> None:
@@ -231,9 +237,7 @@ def compare(a: Path, b: Path, options: Options) -> dict[str, Any]:
     reference = run.referred(run.networks(0)) if metrics else {}
     for metric in metrics:
         name, _ = run.protocol.network(metric)
-        moments = reference.moments(run.protocol.reference_count) if isinstance(reference, Statistics) else None
-        against = Reference(moments or reference[metric].sums.moments())  # type: ignore[index]
-        found[metric] = paired_difference(_features(a / name), _features(b / name), against)
+        found[metric] = paired_difference(_features(a / name), _features(b / name), fitted(reference[metric]))
     if (a / "clip-score").is_dir():
         found["clip"] = paired_mean_difference(_features(a / "clip-score")[:, 0], _features(b / "clip-score")[:, 0])
     return run.record(f"{a} - {b}", found)
@@ -251,13 +255,14 @@ def _features(folder: Path) -> Tensor:
     return store.read(range(sum(len(ids) for ids, _ in store.shards()))).features
 
 
-def _is_statistics(path: str) -> bool:
+def _contents(path: str) -> tuple[bool, bool]:
+    """Whether there are statistics at ``path``, and whether there are images; a reference of ADM holds both."""
     if path.endswith((".pkl", ".pickle", ".pt")):
-        return True
+        return True, False
     if not (path.endswith(".npz") and Path(path).is_file()):
-        return False
+        return False, True
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return bool({"mu", "mu_s", "feats"} & set(archive.files))
+            return bool({"mu", "mu_s", "feats"} & set(archive.files)), "arr_0" in archive.files
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None

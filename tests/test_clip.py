@@ -6,8 +6,8 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from random_networks import TINY_CLIP, save_openai_clip
 from safetensors.torch import save_file
-from torch import nn
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from stepdistill.errors import UserError
@@ -17,11 +17,6 @@ from stepdistill.metrics.clip import ARCHITECTURES, ClipScorer, centred, load_to
 from stepdistill.metrics.extractors import load_extractor
 from stepdistill.metrics.weights import KNOWN, Weights, sha256_of
 
-CONFIG = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
 SIZES = [(64, 64), (256, 256), (97, 200), (333, 101), (32, 48), (64, 81)]
 
 
@@ -34,30 +29,14 @@ def noise(height, width, batch=2, seed=0):
 def folder(tmp_path_factory):
     """Two architectures that differ in the activation alone, and weights for either in two forms."""
     folder = tmp_path_factory.mktemp("clip")
-    (folder / "tiny.json").write_text(json.dumps(CONFIG))
-    (folder / "tiny-quickgelu.json").write_text(json.dumps(CONFIG | {"quick_gelu": True}))
+    (folder / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    (folder / "tiny-quickgelu.json").write_text(json.dumps(TINY_CLIP | {"quick_gelu": True}))
     open_clip.add_model_config(folder)
     torch.manual_seed(0)
-    state = open_clip.CLIP(**CONFIG).half().state_dict()
+    state = open_clip.CLIP(**TINY_CLIP).half().state_dict()
     save_file(state, folder / "plain.safetensors")
-    as_openai_saves(state, folder / "openai.pt")
+    save_openai_clip(state, folder / "openai.pt")
     return folder
-
-
-def as_openai_saves(state, path):
-    """A TorchScript in half precision, with three numbers beside the weights."""
-    root = nn.Module()
-    for number in ("input_resolution", "context_length", "vocab_size"):
-        root.register_buffer(number, torch.tensor(1))
-    for name, tensor in state.items():
-        *parents, leaf = name.split(".")
-        module = root
-        for parent in parents:
-            if parent not in dict(module.named_children()):
-                module.add_module(parent, nn.Module())
-            module = module.get_submodule(parent)
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    torch.jit.script(root).save(path)
 
 
 def weights_at(path):
@@ -141,7 +120,7 @@ def test_weights_of_openai_are_refused_without_their_activation(folder):
 def test_weights_of_another_architecture_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"plain\.safetensors does not fit ViT-B-32"):
         load_towers("ViT-B-32", weights_at(folder / "plain.safetensors"))
-    state = open_clip.CLIP(**CONFIG).state_dict()
+    state = open_clip.CLIP(**TINY_CLIP).state_dict()
     del state["visual.proj"]
     save_file(state, tmp_path / "partial.safetensors")
     with pytest.raises(UserError, match="does not fit tiny"):

@@ -18,7 +18,7 @@ from .inception_score import inception_score_splits
 from .kid import kid
 from .prdc import prdc
 from .protocols import Protocol
-from .ranks import add_up, gathered, rank_and_world
+from .ranks import add_up, gathered, rank_and_world, together
 from .resampling import prepare_mixed
 from .sources import Batch, Source, batches
 from .store import FeatureStore
@@ -117,6 +117,10 @@ class Collected:
         """All kept features in the order of their ids."""
         return _in_order(self.kept)
 
+    def ids(self) -> list[int]:
+        """The samples of ``features``, in their order; without those of broken images."""
+        return sorted(k for ids, _ in self.kept for k in ids)
+
 
 def _on_cpu(found: Features) -> Features:
     return Features(found.features.cpu(), None if found.logits is None else found.logits.cpu())
@@ -163,15 +167,22 @@ def collect(
         keeps = any(metric not in FRECHET for metric, other in told.items() if other is network)
         made[network] = Collected(network.dimension, keeps)
     rank, world = rank_and_world()
-    if store is None:
-        for ids, found in _shown(stream, range(rank, count, world), list(made), device):
+
+    def add(ids: Sequence[int]) -> None:
+        for taken, found in _shown(stream, ids, list(made), device):
             for network, features in found.items():
-                made[network].add(ids, features)
-    else:
-        stores = {network: store(network) for network in made}
-        for ids in _lacking(count, list(stores.values()))[rank::world]:
+                made[network].add(taken, features)
+
+    def write(lacking: Sequence[range], stores: Mapping[Network, FeatureStore]) -> None:
+        for ids in lacking:
             _write(ids, list(_shown(stream, ids, list(made), device)), stores)
-        gathered(None)  # All have written.
+
+    if store is None:
+        together(lambda: add(range(rank, count, world)))
+    else:
+        stores = together(lambda: {network: store(network) for network in made})
+        lacking = _lacking(count, list(stores.values()))[rank::world]
+        together(lambda: write(lacking, stores))
         for network, there in stores.items():
             _read(made[network], there, range(count), rank, world)
     for part in made.values():
@@ -189,7 +200,7 @@ def _shown(
 
 def _lacking(count: int, stores: Sequence[FeatureStore]) -> list[range]:
     """What the stores of one run lack, the same for all processes."""
-    missing = [store.missing(range(count)) for store in stores]
+    missing = together(lambda: [store.missing(range(count)) for store in stores])
     if any(other != missing[0] for other in missing):
         raise UserError("the feature folders of one run hold different samples; delete them and begin again")
     return gathered(missing[0])[0]
@@ -218,7 +229,7 @@ def values(
     protocol: Protocol,
     metrics: Sequence[str],
     generated: Mapping[str, Collected],
-    reference: Mapping[str, Collected] | Statistics,
+    reference: Mapping[str, Collected | Statistics],
     *,
     prompts: Sequence[str] = (),
 ) -> dict[str, Value]:
@@ -233,36 +244,38 @@ def values(
             scores = generated[metric].features().features[:, 0].double()
             found[metric] = Value(scores.mean().item(), scores.std().item() / len(scores) ** 0.5, len(scores))
         elif metric in FRECHET:
-            sums = generated[metric].sums
-            distance = frechet_distance(sums, _moments(reference, metric, protocol), ddof=protocol.ddof)
+            distance = frechet_distance(generated[metric].sums, fitted(reference[metric]), ddof=protocol.ddof)
             found[metric] = Value(distance.value, distance.se, distance.n, distance.debiased)
         elif metric in SINGLE:
-            found[metric] = _single(metric, generated[metric].features(), protocol, prompts)
+            found[metric] = _single(metric, generated[metric], protocol, prompts)
         else:
-            found |= _compared(metric, generated[metric].features().features, _features(reference, metric), protocol)
+            found |= _compared(
+                metric, generated[metric].features().features, _features(reference[metric], metric), protocol
+            )
     return found
 
 
-def _moments(reference: Mapping[str, Collected] | Statistics, metric: str, protocol: Protocol) -> Reference:
-    if isinstance(reference, Statistics):
-        return Reference(reference.moments(None if reference.n else protocol.reference_count))
-    return Reference(reference[metric].sums.moments())
+def fitted(reference: Collected | Statistics) -> Reference:
+    """What a Frechet distance compares with."""
+    return Reference(reference.moments() if isinstance(reference, Statistics) else reference.sums.moments())
 
 
-def _features(reference: Mapping[str, Collected] | Statistics, metric: str) -> Tensor:
-    if not isinstance(reference, Statistics):
-        return reference[metric].features().features
+def _features(reference: Collected | Statistics, metric: str) -> Tensor:
+    if isinstance(reference, Collected):
+        return reference.features().features
     if reference.features is None:
         raise UserError(f"{metric} compares single images, and these statistics hold none; give the reference images")
     return reference.features
 
 
-def _single(metric: str, found: Features, protocol: Protocol, prompts: Sequence[str]) -> Value:
+def _single(metric: str, generated: Collected, protocol: Protocol, prompts: Sequence[str]) -> Value:
+    found = generated.features()
     if metric == "vendi":
         return vendi(found.features)
     if metric == "diversity":
         numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        return per_prompt_diversity(found.features, torch.tensor([numbers[prompt] for prompt in prompts]))
+        ids = torch.tensor([numbers[prompts[k]] for k in generated.ids()])
+        return per_prompt_diversity(found.features, ids)
     if found.logits is None:
         raise UserError(f"the inception score needs a classifier, and {protocol.extractor} is none")
     # Images may come in the order of their classes.
