@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def gen(
     if protocol.quantisation == "none":
         raise UserError(f"{protocol.name} scores images that are not rounded, which gen does not make")
     if save_images is not None:
-        save_images.mkdir(parents=True, exist_ok=True)
+        _save([], [], save_images)
     traces = tracing(
         pipeline,
         steps=steps,
@@ -95,9 +97,21 @@ class _Generated:
         pixels = stored(self.traces(ids)[:, -1], self.protocol)
         self.seconds += time.perf_counter() - began
         if self.folder is not None:
-            for k, image in zip(ids, pixels, strict=True):
-                to_picture(image).save(self.folder / f"{k:06d}.png", compress_level=1)
+            _save(ids, pixels, self.folder)
         return [image.expand(3, -1, -1) for image in pixels]
+
+
+def _save(ids: Sequence[int], pixels: Iterable[Tensor], folder: Path) -> None:
+    temporary = folder / f"{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, image in zip(ids, pixels, strict=True):
+            to_picture(image).save(temporary, "PNG", compress_level=1)
+            temporary.replace(folder / f"{k:06d}.png")
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write images to {folder}: {error.strerror or error}") from None
 
 
 def _rss() -> int:

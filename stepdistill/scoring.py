@@ -55,6 +55,10 @@ class Options:
     """Folder where features are kept, so that a killed run is continued and two runs can be compared."""
     skip_broken: bool = False
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0:
+            raise UserError(f"--batch-size is 1 or more, --workers 0 or more, got {self.batch_size} and {self.workers}")
+
 
 class Run:
     """One protocol, its networks, and what was noted on the way."""
@@ -172,8 +176,11 @@ class Run:
         }
         if self.options.features is not None and rank_and_world()[0] == 0:
             temporary = self.options.features / f".{RUN}"
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
-            temporary.replace(self.options.features / RUN)
+            try:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
+                temporary.replace(self.options.features / RUN)
+            except OSError as error:
+                raise UserError(f"cannot write {self.options.features / RUN}: {error.strerror}") from None
         return record
 
 
@@ -201,6 +208,8 @@ def ref(images: str, out: Path, options: Options) -> None:
     Raises:
         UserError: an input that cannot be read, or a file that cannot be written.
     """
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise UserError(f"statistics are written to an .npz in a folder that exists, got {out}; see `convert` for .pkl")
     source = open_source(images)
     count = len(source) if options.count is None else min(options.count, len(source))
     run = Run(options, images, {})
