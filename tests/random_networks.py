@@ -110,9 +110,9 @@ def save_openai_clip(state: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-def tell_open_clip(folder: Path) -> None:
-    """Give open_clip a tiny model under the name of every architecture here, with the activation of the large one."""
-    for name in ARCHITECTURES.values():
+def tell_open_clip(folder: Path, *architectures: str) -> None:
+    """Give open_clip tiny models under the names of large ones, all that are known here, with their activations."""
+    for name in architectures or ARCHITECTURES.values():
         (folder / f"{name}.json").write_text(json.dumps(TINY_CLIP | {"quick_gelu": "quickgelu" in name}))
     open_clip.add_model_config(folder)
 

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import open_clip
+import open_clip.factory
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from random_networks import TINY_CLIP, save_openai_clip
+from random_networks import TINY_CLIP, save_openai_clip, tell_open_clip
 from safetensors.torch import save_file
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
@@ -186,3 +188,52 @@ def test_every_image_needs_its_prompt(towers):
 def test_a_template_has_one_place_for_the_prompt(towers, template):
     with pytest.raises(UserError, match=r"one \{\} where the prompt goes"):
         ClipScorer(towers, template=template)
+
+
+def by_hand(architecture, path, images, prompts):
+    """100 times the cosine of open_clip's own features, in numpy."""
+    model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=str(path))
+    model, tokenizer = model.eval(), open_clip.get_tokenizer(architecture)
+    with torch.no_grad():
+        pictures = model.encode_image(torch.stack([preprocess(to_picture(image)) for image in images]))
+        texts = model.encode_text(tokenizer(prompts))
+    a, b = (side.double().numpy() for side in (pictures, texts))
+    return 100 * (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES.values(), "ViT-L-14"])
+def test_every_known_architecture_at_reduced_width_scores_as_by_hand(architecture, tmp_path, monkeypatch):
+    for registry in ("_MODEL_CONFIG_PATHS", "_MODEL_CONFIGS"):
+        monkeypatch.setattr(open_clip.factory, registry, open_clip.factory.__dict__[registry].copy())
+    tell_open_clip(tmp_path, architecture)
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**TINY_CLIP).state_dict(), tmp_path / "model.safetensors")
+    images, prompts = noise(90, 70), ["a cat", "two dogs by the sea"]
+    towers = load_towers(architecture, weights_at(tmp_path / "model.safetensors"))
+    expected = by_hand(architecture, tmp_path / "model.safetensors", images, prompts)
+    np.testing.assert_allclose(ClipScorer(towers, scale=100)(images, prompts).scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """Random weights of ViT-L-14, 428 million numbers in half precision."""
+    config = open_clip.get_model_config("ViT-L-14")
+    assert config is not None
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**config).half().state_dict()
+    path = tmp_path_factory.mktemp("full") / "ViT-L-14.safetensors"
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.slow
+def test_vit_l_14_in_full_size_scores_as_by_hand_with_and_without_quick_gelu(full_size):
+    images, prompts = noise(300, 260), ["a cat", "two dogs by the sea"]
+    scores = []
+    for architecture in ("ViT-L-14", "ViT-L-14-quickgelu"):
+        towers = load_towers(architecture, weights_at(full_size))
+        scores.append(ClipScorer(towers, scale=100)(images, prompts).scores.numpy())
+        del towers
+        expected = by_hand(architecture, full_size, images, prompts)
+        np.testing.assert_allclose(scores[-1], expected, rtol=1e-3, atol=1e-3)
+    assert np.abs(scores[0] - scores[1]).min() > 0.01

@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from processes import in_processes
 
 from stepdistill.errors import UserError
 from stepdistill.fid import main
@@ -16,6 +17,7 @@ from stepdistill.generating import stored, summed_up
 from stepdistill.images import load_digits, to_picture
 from stepdistill.metrics.base import Value
 from stepdistill.metrics.presets import protocol
+from stepdistill.scoring import Options, calc
 
 DIGITS = load_digits()[0][:, 0].numpy()
 ALL = "fid,kid,prdc,vendi"
@@ -55,7 +57,28 @@ def test_every_source_gives_the_same_numbers(sources, name, capsys):
     assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == found
 
 
-def test_two_processes_give_the_numbers_of_one(sources, capsys):
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 1), (1, 300), (2, 7), (3, 64)])
+def test_neither_batches_nor_processes_change_a_number(sources, world, batch_size):
+    def run(batch_size):
+        told = Options(preset="digits", metrics=tuple(ALL.split(",")), batch_size=batch_size, workers=0)
+        return numbers(calc(str(sources / "array.npz"), str(sources / "others.npz"), told))
+
+    expected = run(64)
+    for found in in_processes(world, lambda: run(batch_size)):
+        assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == found
+
+
+def test_the_order_of_images_changes_no_value(sources, tmp_path, capsys):
+    np.savez(tmp_path / "shuffled.npz", DIGITS[:300][np.random.default_rng(0).permutation(300)])
+    told = (sources / "others.npz", "--preset", "digits", "--metrics", ALL)
+    expected, found = (
+        {name: value for name, (value, _) in numbers(scored(capsys, "calc", images, *told)).items()}
+        for images in (sources / "array.npz", tmp_path / "shuffled.npz")
+    )
+    assert found == {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()}
+
+
+def test_a_launcher_gives_two_processes_the_numbers_of_one(sources, capsys):
     told = ["calc", str(sources / "array.npz"), "builtin:digits", "--metrics", ALL, "--json"]
     expected = numbers(scored(capsys, *told[:-1]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "stepdistill", "fid"]
