@@ -72,7 +72,8 @@ def gen(
     total = protocol.samples * protocol.repeats / rank_and_world()[1]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
     cost = {"images_per_second": total / made.seconds, "generation_seconds": made.seconds, "peak_bytes": peak}
-    return run.record(pipeline, metrics, cost=cost, steps=steps)
+    saved = None if save_images is None else str(save_images)
+    return run.record(pipeline, metrics, cost=cost, steps=steps, saved=saved)
 
 
 class _Generated:

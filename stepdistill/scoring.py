@@ -225,8 +225,10 @@ def ref(images: str, out: Path, options: Options) -> None:
         write_statistics(out, found, kind=FRECHET[metric], protocol=run.protocol, weights=network.weights)
 
 
-def compare(a: Path, b: Path, options: Options) -> dict[str, Any]:
+def compare(a: Path, b: Path, options: Options, *, plot: Path | None = None) -> dict[str, Any]:
     """Difference of two runs that kept their features, on the sample ids that both have.
+
+    ``plot`` is a PNG to draw the samples in on which they agree best and worst.
 
     Raises:
         UserError: folders without such runs, or runs of different protocols or references.
@@ -244,11 +246,20 @@ def compare(a: Path, b: Path, options: Options) -> dict[str, Any]:
     metrics = [metric for metric in run.protocol.metrics if metric in FRECHET]
     run.protocol = replace(run.protocol, metrics=tuple(metrics) or run.protocol.metrics)
     reference = run.referred(run.networks(0)) if metrics else {}
+    apart = None
     for metric in metrics:
         name, _ = run.protocol.network(metric)
-        found[metric] = paired_difference(_features(a / name), _features(b / name), fitted(reference[metric]))
+        first, second = _features(a / name), _features(b / name)
+        found[metric] = paired_difference(first, second, fitted(reference[metric]))
+        apart = (first - second).norm(dim=1) if apart is None else apart
     if (a / "clip-score").is_dir():
         found["clip"] = paired_mean_difference(_features(a / "clip-score")[:, 0], _features(b / "clip-score")[:, 0])
+    if plot is not None:
+        from .agreement import draw
+
+        if apart is None:
+            raise UserError(f"--plot takes the features of a Frechet distance, and {a} has none")
+        draw(plot, {str(folder): kept.get("saved") or kept["images"] for folder, kept in ((a, one), (b, two))}, apart)
     return run.record(f"{a} - {b}", found)
 
 

@@ -9,8 +9,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import in_processes
 
+from stepdistill import agreement
 from stepdistill.errors import UserError
 from stepdistill.fid import main
 from stepdistill.generating import stored, summed_up
@@ -129,6 +131,34 @@ def test_two_runs_compare_on_their_common_ids_and_only_under_one_protocol(source
         main(["compare", str(tmp_path / "array.npz"), str(tmp_path / "fewer")])
     with pytest.raises(UserError, match="holds no finished run"):
         main(["compare", str(tmp_path / "array.npz"), str(tmp_path)])
+
+
+def test_two_runs_are_drawn_where_they_agree_best_and_worst(sources, tmp_path, capsys):
+    images = DIGITS[300:340].copy()
+    np.savez(tmp_path / "one.npz", images)
+    images[7], images[11] = 255 - images[7], 0
+    np.savez(tmp_path / "two.npz", images)
+    for name in ("one", "two"):
+        scored(capsys, "calc", tmp_path / f"{name}.npz", "builtin:digits", "--features", tmp_path / name)
+    told = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--plot"]
+    assert main([*told, str(tmp_path / "agreement.png")]) == 0
+    with Image.open(tmp_path / "agreement.png") as picture:
+        assert picture.size == (990, 660)
+    with pytest.raises(UserError, match="cannot write"):
+        main([*told, str(tmp_path / "nowhere" / "agreement.png")])
+    (tmp_path / "two.npz").unlink()
+    with pytest.raises(UserError, match=r"those of .*two were not kept \(gen --save-images does\)"):
+        main([*told, str(tmp_path / "agreement.png")])
+
+
+def test_a_picture_of_agreement_has_the_nearest_pairs_first_and_the_farthest_below(sources, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(agreement, "_tiles", lambda source, ids: drawn.append(ids) or torch.zeros(len(ids), 3, 8, 8))
+    runs = {"student": str(sources / "array.npz"), "teacher": str(sources / "folder")}
+    agreement.draw(tmp_path / "x.png", runs, torch.tensor([0.3, 0.1, 0.2, 0.9, 0.5]), pairs=2)
+    assert drawn == [[1, 2], [1, 2], [3, 4], [3, 4]]
+    with pytest.raises(UserError, match="holds 300 images, and teacher has features of 301"):
+        agreement.draw(tmp_path / "x.png", {"teacher": runs["teacher"]}, torch.zeros(301))
 
 
 def test_a_pipeline_is_scored_in_memory_as_its_saved_images_are(tmp_path, capsys):
