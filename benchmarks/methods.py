@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -131,6 +132,7 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
         *(f"seed={seed}", f"steps={steps}", f"output_dir={folder}", f"resume={str(resume).lower()}"),
         *(f"training.preview_every={every}", f"training.checkpoint_every={every}", "training.trackers=[]"),
         *(f"evaluate.samples={samples}", "evaluate.curve_samples=1000", "evaluate.teacher_steps=[1]"),
+        f"evaluate.every_images={every * config.training.batch_size}",
         *told,
         *phases(config.method, share),
     ]
@@ -159,12 +161,12 @@ def read(folder: Path) -> dict[str, Any]:
     """What one finished run reached."""
     written = json.loads((folder / "cost.json").read_text())
     cost = Cost(**written.pop("cost"))
-    student = json.loads((folder / "evaluation.json").read_text())[-1]
+    student = json.loads((folder / "evaluation.json").read_text())["rows"][-1]
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [(cost.units(row["step"]), row["seconds"], row["fd"]) for row in history if "fd" in row]
+    curve = [(cost.units(row["step"]), row["seconds"], row["fid"]) for row in history if "fid" in row]
     return {
         "calls": student["network_calls"],
-        "fd": student["distance"]["value"],
+        "fd": student["metrics"]["fid"]["value"],
         "least_class": min(student["class_shares"]),
         "diversity": student["diversity"],
         "images_per_second": student["images_per_second"],
@@ -179,12 +181,12 @@ def teacher_rows(samples: int) -> list[dict[str, Any]]:
     teacher, evaluator = load_teacher("builtin:digits"), Evaluator("builtin:digits")
 
     def row(steps: int) -> dict[str, Any]:
-        def generate(ids: range) -> Tensor:
+        def generate(ids: Sequence[int]) -> Tensor:
             return sample_ode(teacher.denoiser, SampleNoise(ids, teacher.sample_shape)(), steps)
 
-        measured = evaluator.measure(f"teacher {steps}", steps, generate, samples=samples, batch_size=250)
+        measured = evaluator.measure(f"teacher {steps}", steps, generate, samples=samples)
         shown = {"diversity": measured.diversity, "images_per_second": measured.images_per_second}
-        return {"steps": steps, "fd": measured.distance.value, **shown}
+        return {"steps": steps, "fd": measured.metrics["fid"].value, **shown}
 
     return [row(steps) for steps in TEACHER_STEPS]
 

@@ -86,7 +86,7 @@ def main() -> None:
     sampler = StudentSampler(few_step_times(teacher.denoiser.process, arguments.ratio, 1), "unit")
 
     def distance(images: Tensor) -> float:
-        return evaluator.distance(to_uint8(images)).value
+        return evaluator.score(to_uint8(images))["fid"].value
 
     rows = [{"what": f"the teacher's own {TEACHER_STEPS} steps", "fd": distance(samples[: arguments.samples])}]
     fresh = SampleNoise(range(arguments.samples), teacher.sample_shape)()

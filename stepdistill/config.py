@@ -14,10 +14,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from .methods import AnyMethod
+from .metrics.presets import protocol
+from .metrics.protocols import DIRECTIONS, Protocol
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 EnoughSamples = Annotated[int, Field(ge=20)]
@@ -176,16 +179,55 @@ class RealData(Section):
 
 
 class Evaluate(Section):
-    """The comparison of teacher and student that ends a run."""
+    """How the student is judged: beside the teacher when the run ends, and on the way there."""
 
     reference: str
-    """Images to compare with: folder, ``.npz`` or ``builtin:digits``."""
+    """What to compare with: images or statistics, as ``stepdistill fid`` takes them."""
+    preset: str = "digits"
+    """Protocol, of ``stepdistill fid presets``."""
+    metrics: tuple[str, ...] = ("fid",)
+    """In place of the protocol's."""
     samples: EnoughSamples = 5000
+    """Of the student and of every row of the teacher, when the run ends."""
     batch_size: PositiveInt = 250
-    curve_samples: EnoughSamples | None = 1000
-    """Samples of the distance measured at every preview; null is none."""
+    """Samples at a time, on every process."""
+    every_images: NonNegativeInt = 0
+    """Generated images between measurements of the averaged student on the way; 0 is none."""
+    curve_samples: EnoughSamples = 1000
+    """Samples of those."""
+    best: str | None = None
+    """The measured value by which the best student of those measurements, and of one after the last step, is kept in
+    ``output_dir/best``; null keeps none."""
     teacher_steps: tuple[PositiveInt, ...] = (50, 10, 1)
     """DDIM steps of the teacher's rows."""
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return protocol(name).name
+
+    @model_validator(mode="after")
+    def _measurable(self) -> Evaluate:
+        names = self.protocol.values
+        if len(set(names)) < len(names):
+            raise ValueError(f"metrics names one twice: {', '.join(names)}")
+        ranked = [name for name in names if name in DIRECTIONS]
+        if self.best is not None and self.best not in ranked:
+            raise ValueError(f"best is a measured value that has a better: {', '.join(ranked) or 'none here'}")
+        if self.best is not None and not self.every_images:
+            raise ValueError("best is chosen on the way; set every_images")
+        return self
+
+    @property
+    def protocol(self) -> Protocol:
+        """The preset with these metrics."""
+        return protocol(self.preset).changed({"metrics": self.metrics})
+
+    def text(self) -> str:
+        """What will be measured, in a line."""
+        said = f"{', '.join(self.protocol.values)} of {self.samples:,} images by {self.preset} against {self.reference}"
+        said += f"; of {self.curve_samples:,} every {self.every_images:,} images" if self.every_images else ""
+        return said + (f", the best by {self.best} kept" if self.best else "")
 
 
 class Export(Section):

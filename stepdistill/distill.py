@@ -20,6 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 
+from .best import Best
 from .checkpoints import Checkpoints
 from .config import Config, Training
 from .data import data_free, real_images
@@ -87,7 +88,7 @@ class Run:
             mixed_precision=config.training.mixed_precision,
             log_with=list(config.training.trackers) or None,
             project_dir=str(self.folder),
-            # The other processes wait while the main one evaluates.
+            # The other processes wait while the main one exports.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
         set_seed(config.seed, device_specific=True)
@@ -99,7 +100,8 @@ class Run:
         self.teacher.denoiser.network.to(self.accelerator.device)
         two_passes = config.training.guidance_in_two_passes
         self.taught = self.teacher.guided(config.data, self.data.null, two_passes=two_passes)
-        self.outcome = Outcome(config, self.teacher, self.taught, self.data)
+        self.outcome, told = Outcome(config, self.teacher, self.taught, self.data), config.evaluate
+        self.best = Best(self.folder / "best", told) if told and told.best else None
         self._since: dict[str, list[float]] = {}
         self._seconds, self._resumed = 0.0, time.monotonic()
         self._enter(0, None)
@@ -199,6 +201,8 @@ class Run:
                     bar.update()
                     if _every(step, training.preview_every):
                         self._preview(self.start + step)
+                    if self._to_evaluate(self.start + step):
+                        self._evaluate(self.start + step)
                     if _every(step, training.checkpoint_every) and step < last:
                         self._checkpoint()
                 self._checkpoint()
@@ -215,11 +219,15 @@ class Run:
             raise SystemExit(128 + (received or [signal.SIGTERM])[0])  # another process may have got the signal
 
     def finish(self) -> Path:
-        """Export and show the averaged student."""
-        if self.accelerator.is_main_process:
-            with torch.no_grad(), self.trainer.averaged_weights() as student:
-                adapted = "student" in self.training.lora and self.index == 0  # later ones start from a student
-                self.outcome.finish(student, self.sampler, self.hosted, self._metrics, adapted=adapted)
+        """Export, judge and show the averaged student."""
+        main, folder = self.accelerator.is_main_process, self.outcome.student_folder
+        with torch.no_grad(), self.trainer.averaged_weights() as student:
+            adapted = "student" in self.training.lora and self.index == 0  # later ones start from a student
+            if main:
+                self.outcome.write(student, self.sampler, self.hosted, folder)
+            rows = self.outcome.evaluate(student, self.sampler)
+            if main:
+                self.outcome.finish(student, self.sampler, self.hosted, rows, self._metrics, adapted=adapted)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return self.outcome.student_folder
@@ -239,11 +247,14 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         seconds = self._seconds + time.monotonic() - self._resumed
-        images = self.images + (step - self.start) * self.trainer.images_per_step
-        row = {"step": step, "images": images, "seconds": round(seconds, 2), **values}
+        row = {"step": step, "images": self._images(step), "seconds": round(seconds, 2), **values}
         with self._metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self.accelerator.log(values, step=step)
+
+    def _images(self, step: int) -> int:
+        """Generated up to ``step`` of the run, which lies in this stage."""
+        return self.images + (step - self.start) * self.trainer.images_per_step
 
     @property
     def _metrics(self) -> Path:
@@ -256,9 +267,27 @@ class Run:
     def _preview(self, step: int) -> None:
         if self.accelerator.is_main_process:
             with torch.no_grad(), self.trainer.averaged_weights() as student:
-                measured = self.outcome.preview(step, student, self.sampler)
-            if measured:
-                self._log(step, measured)
+                self.outcome.preview(step, student, self.sampler)
+
+    def _to_evaluate(self, step: int) -> bool:
+        """Whether ``evaluate.every_images`` more have been generated; the last students may be the best."""
+        told = self.config.evaluate
+        if told is None or not told.every_images:
+            return False
+        last = told.best is not None and step == sum(stage.steps for stage in self.stages)
+        return last or self._images(step) // told.every_images > self._images(step - 1) // told.every_images
+
+    def _evaluate(self, step: int) -> None:
+        """Measure the averaged student, every process its share of the samples; keep the best of the last stage's."""
+        self.trainer.settle()
+        with torch.no_grad(), self.trainer.averaged_weights() as student:
+            measured = self.outcome.measured(student, self.sampler)
+            self._log(step, {name: found.value for name, found in measured.metrics.items()})
+            final = self.accelerator.is_main_process and self.index + 1 == len(self.stages)
+            if final and self.best and self.best.beaten_by(measured.metrics):
+                when = {"step": step, "images": self._images(step)}
+                write = partial(self.outcome.write, student, self.sampler, self.hosted, rows=[measured])
+                self.best.keep(measured.metrics, when, write)
 
 
 def _every(step: int, interval: int) -> bool:

@@ -61,6 +61,7 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         lines += rehearse(stage, config).lines(stage, tflops)
     pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
     lines += ["", f"student   {pipeline} with {hosted.scheduler_name}, {hosted.steps} network call(s)"]
+    lines += [f"evaluate  {config.evaluate.text()}"] if config.evaluate else []
     return "\n".join(lines)
 
 

@@ -63,7 +63,7 @@ def _ref(told: argparse.Namespace) -> int:
 
 
 def _compare(told: argparse.Namespace) -> int:
-    from .scoring import compare
+    from .comparing import compare
 
     return _show(compare(told.a, told.b, _options(told), plot=told.plot), told)
 

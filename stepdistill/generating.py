@@ -61,7 +61,7 @@ def gen(
         guidance_scale=guidance_scale,
         trust_remote_code=trust_remote_code,
     )
-    made = _Generated(traces, protocol, options.batch_size, save_images)
+    made = Generated(traces, protocol, options.batch_size, save_images)
     if options.features is not None and protocol.repeats > 1:
         raise UserError("--features keeps one set of images; add --repeats 1")
     found = [
@@ -71,17 +71,19 @@ def gen(
     metrics = {name: summed_up([each[name] for each in found], protocol) for name in found[0]}
     total = protocol.samples * protocol.repeats / rank_and_world()[1]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
-    cost = {"images_per_second": total / made.seconds, "generation_seconds": made.seconds, "peak_bytes": peak}
+    seconds = sum(seconds for _, seconds in made.batches)
+    cost = {"images_per_second": total / seconds, "generation_seconds": seconds, "peak_bytes": peak}
     saved = None if save_images is None else str(save_images)
     return run.record(pipeline, metrics, cost=cost, steps=steps, saved=saved)
 
 
-class _Generated:
-    """Images as they are asked for, and the seconds that making them took."""
+class Generated:
+    """Images as they are asked for, and what making them took."""
 
-    def __init__(self, traces: Traces, protocol: Protocol, batch_size: int, folder: Path | None) -> None:
+    def __init__(self, traces: Traces, protocol: Protocol, batch_size: int, folder: Path | None = None) -> None:
         self.traces, self.protocol, self.batch_size, self.folder = traces, protocol, batch_size, folder
-        self.seconds = 0.0
+        self.batches: list[tuple[int, float]] = []
+        """Images and seconds of every batch."""
 
     def stream(self, first: int) -> Stream:
         """The samples ``first + ids``."""
@@ -96,7 +98,7 @@ class _Generated:
     def _made(self, ids: list[int]) -> list[Tensor]:
         began = time.perf_counter()
         pixels = stored(self.traces(ids)[:, -1], self.protocol)
-        self.seconds += time.perf_counter() - began
+        self.batches.append((len(ids), time.perf_counter() - began))
         if self.folder is not None:
             _save(ids, pixels, self.folder)
         return [image.expand(3, -1, -1) for image in pixels]

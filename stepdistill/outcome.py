@@ -1,9 +1,10 @@
-"""What a run shows: previews on the way; at the end the student's folder, its distances, a picture, a model card."""
+"""What a run shows: previews and numbers on the way; at the end the student's folder, a picture, a model card."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbones.unet2d import UNET2D
-from .config import Config
+from .config import Config, Evaluate
 from .data import DataFree
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
 from .export import Host, empty_parts, export, export_lora, reads_adapters
 from .hosting import Plan
+from .metrics.ranks import rank_and_world
 from .own_code import code_of
 from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
@@ -33,7 +35,7 @@ _SHOWN = 64
 
 
 class Outcome:
-    """Everything of a run that a person looks at; only the main process has one to show.
+    """Everything of a run that a person looks at; all processes measure, only the main one shows.
 
     Args:
         config: of the run.
@@ -48,62 +50,91 @@ class Outcome:
         self.decode = Decoder(teacher)
         # A picture of a thousand pixels a side takes gigabytes to make: few are shown, and made, at a time.
         self.shown, self.at_once = (_SHOWN, 10_000) if teacher.picture_size <= 64 else (8, 4)
-        self.evaluator = Evaluator(config.evaluate.reference) if config.evaluate else None
+        self.evaluator = self._evaluator(config.evaluate) if config.evaluate else None
 
-    def preview(self, step: int, student: Denoiser, sampler: StudentSampler) -> dict[str, float]:
-        """The student at fixed noise, the teacher beside; the distance, where one is asked for."""
+    def _evaluator(self, evaluate: Evaluate) -> Evaluator:
+        return Evaluator(
+            evaluate.reference,
+            preset=evaluate.preset,
+            metrics=evaluate.metrics,
+            samples=evaluate.samples,
+            batch_size=evaluate.batch_size,
+            prompts=self._asked(max(evaluate.samples, evaluate.curve_samples)),
+            device=self.data.device,
+        )
+
+    def preview(self, step: int, student: Denoiser, sampler: StudentSampler) -> None:
+        """The student at fixed noise, the teacher beside."""
         ids = range(self.config.training.preview_samples)
         folder = self.folder / "previews"
         folder.mkdir(exist_ok=True)
         if not (folder / "teacher.png").is_file():
             grid(self._generate(self.taught, ids, self.teacher.picture_steps)).save(folder / "teacher.png")
         grid(self._generate(student, ids, sampler)).save(folder / f"step_{step:08d}.png")
-        if not (self.config.evaluate and self.config.evaluate.curve_samples):
-            return {}
-        measured = self._measure("student", student, sampler, self.config.evaluate.curve_samples)
-        return {"fd": measured.distance.value}
+
+    def measured(self, student: Denoiser, sampler: StudentSampler) -> Measurement:
+        """The student on the way."""
+        assert self.config.evaluate is not None
+        return self._measure("student", student, sampler, self.config.evaluate.curve_samples)
+
+    def write(
+        self, student: Denoiser, sampler: StudentSampler, hosted: Plan, folder: Path, rows: Sequence[Measurement] = ()
+    ) -> None:
+        """Export the student to ``folder``, with what was measured of it."""
+        host = Host(self.teacher, self._call()) if hosted.pipeline is None else None
+        shape, cond = self.teacher.sample_shape, self.data.cond(range(2 if host else 4))
+        own_code = self.config.export.own_code
+        # The check of an export seeds the generators that the training draws from.
+        with torch.random.fork_rng([self.data.device] if self.data.device.type == "cuda" else []):
+            export(student, sampler, hosted, folder, shape=shape, cond=cond, host=host, own_code=own_code)
+        self._card(rows, self._usage(Path(PLACE), hosted, folder), hosted.steps, None).save(folder / CARD)
 
     def finish(
-        self, student: Denoiser, sampler: StudentSampler, hosted: Plan, metrics: Path, *, adapted: bool = False
+        self,
+        student: Denoiser,
+        sampler: StudentSampler,
+        hosted: Plan,
+        rows: Sequence[Measurement],
+        metrics: Path,
+        *,
+        adapted: bool = False,
     ) -> None:
-        """Export the student, ``adapted`` ones as adapters too, evaluate it, and say where everything is."""
-        host = Host(self.teacher, self._call()) if hosted.pipeline is None else None
-        ids, shape = range(2 if host else 4), self.teacher.sample_shape
-        cond = self.data.cond(ids)
-        own_code = self.config.export.own_code
-        export(student, sampler, hosted, self.student_folder, shape=shape, cond=cond, host=host, own_code=own_code)
-        use = self._usage(Path(PLACE), hosted)
-        self._card([], use, hosted.steps, None).save(self.student_folder / CARD)
-        rows = self._evaluate(student, sampler)
+        """Draw the exported student and write its card, of ``adapted`` ones adapters too; say where everything is."""
+        use = self._usage(Path(PLACE), hosted, self.student_folder)
         self._picture(student, sampler, metrics)
         shutil.copyfile(self.folder / _PICTURE, self.student_folder / _PICTURE)
         self._card(rows, use, hosted.steps, _PICTURE).save(self.student_folder / CARD)
         if rows and self.evaluator:
-            print(f"\n{table(rows, self.evaluator.extractor.name)}")
-        lines = self._usage(self.student_folder, hosted)
+            print(f"\n{table(rows, self.evaluator.protocol)}")
+        lines = self._usage(self.student_folder, hosted, self.student_folder)
         print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{lines}")
-        if adapted and host:
-            host = Host(self.teacher, {"guidance_scale": 1.0, **self._call()})
-            folder = self.folder / "student_lora"
-            if export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
-                source = self.teacher.folder if is_local(self.config.teacher) else Path(self.config.teacher)
-                kind, without = type(hosted.scheduler).__name__, empty_parts(self.teacher.index)
-                told = {
-                    "pipeline": self.teacher.index["_class_name"],
-                    "component": None if reads_adapters(self.teacher) else self.teacher.family.component,
-                }
-                lines, use = (
-                    usage_of_adapters(place, source, kind, hosted.steps, host.call, without, **told)
-                    for place in (folder, Path(PLACE))
-                )
-                shutil.copyfile(self.folder / _PICTURE, folder / _PICTURE)
-                self._card(rows, use, hosted.steps, _PICTURE, adapters=True).save(folder / CARD)
-                print(f"\nadapters {folder}, for the teacher's own pipeline:\n\n{lines}")
+        if adapted and hosted.pipeline is None:
+            self._adapters(student, sampler, hosted, rows)
 
-    def _usage(self, folder: Path, hosted: Plan) -> str:
-        code = code_of(self.student_folder)
+    def _adapters(self, student: Denoiser, sampler: StudentSampler, hosted: Plan, rows: Sequence[Measurement]) -> None:
+        host = Host(self.teacher, {"guidance_scale": 1.0, **self._call()})
+        folder, shape, cond = self.folder / "student_lora", self.teacher.sample_shape, self.data.cond(range(2))
+        if not export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
+            return
+        source = self.teacher.folder if is_local(self.config.teacher) else Path(self.config.teacher)
+        kind, without = type(hosted.scheduler).__name__, empty_parts(self.teacher.index)
+        told = {
+            "pipeline": self.teacher.index["_class_name"],
+            "component": None if reads_adapters(self.teacher) else self.teacher.family.component,
+        }
+        lines, use = (
+            usage_of_adapters(place, source, kind, hosted.steps, host.call, without, **told)
+            for place in (folder, Path(PLACE))
+        )
+        shutil.copyfile(self.folder / _PICTURE, folder / _PICTURE)
+        self._card(rows, use, hosted.steps, _PICTURE, adapters=True).save(folder / CARD)
+        print(f"\nadapters {folder}, for the teacher's own pipeline:\n\n{lines}")
+
+    def _usage(self, place: Path, hosted: Plan, folder: Path) -> str:
+        """The lines that use the student in ``folder``, once it is at ``place``."""
+        code = code_of(folder)
         return usage(
-            folder,
+            place,
             hosted.steps,
             self._call(),
             empty_parts(self.teacher.index),
@@ -127,7 +158,7 @@ class Outcome:
         return call
 
     @torch.no_grad()
-    def _generate(self, denoiser: Denoiser, ids: range, how: StudentSampler | int) -> Tensor:
+    def _generate(self, denoiser: Denoiser, ids: Sequence[int], how: StudentSampler | int) -> Tensor:
         """The pictures of the samples ``ids``, as a student makes them or in that many DDIM steps."""
         made = []
         for start in range(0, len(ids), self.at_once):
@@ -141,40 +172,47 @@ class Outcome:
 
     def _measure(self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int) -> Measurement:
         assert self.evaluator is not None
-        assert self.config.evaluate is not None
-        asked = [self.data.prompts[row] for row in self.data.rows(range(samples))] if self.data.prompts else None
+        asked = self._asked(samples)
         return self.evaluator.measure(
             label,
             how if isinstance(how, int) else len(how.times),
             lambda ids: self._generate(denoiser, ids, how),
             samples=samples,
-            batch_size=self.config.evaluate.batch_size,
             digits=digits_of(asked) if asked else None,
         )
 
-    def _evaluate(self, student: Denoiser, sampler: StudentSampler) -> list[Measurement]:
+    def _asked(self, count: int) -> tuple[str, ...] | None:
+        """The prompts of the first samples, of a teacher that reads some."""
+        rows = self.data.rows(range(count)) if self.data.prompts else []
+        return tuple(self.data.prompts[row] for row in rows) or None
+
+    def evaluate(self, student: Denoiser, sampler: StudentSampler) -> list[Measurement]:
+        """Teacher and student, as many samples as the recipe asks for; nothing where it has no such section."""
         evaluate = self.config.evaluate
-        if evaluate is None:
+        if evaluate is None or self.evaluator is None:
             return []
-        rows = []
-        with tqdm(total=sum(evaluate.teacher_steps) + len(sampler.times), desc="evaluate", mininterval=1) as bar:
+        rows, main = [], rank_and_world()[0] == 0
+        total = sum(evaluate.teacher_steps) + len(sampler.times)
+        with tqdm(total=total, desc="evaluate", mininterval=1, disable=not main) as bar:
             for steps in evaluate.teacher_steps:
                 rows.append(self._measure(f"teacher, {steps} steps", self.taught, steps, evaluate.samples))
                 bar.update(steps)
             rows.append(self._measure("student", student, sampler, evaluate.samples))
             bar.update(len(sampler.times))
-        (self.folder / "evaluation.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        if main:
+            told = {"rows": [asdict(row) for row in rows], **self.evaluator.run.setting()}
+            (self.folder / "evaluation.json").write_text(json.dumps(told, indent=1) + "\n")
         return rows
 
     def _picture(self, student: Denoiser, sampler: StudentSampler, metrics: Path) -> None:
         ids, steps = range(self.shown), self.teacher.picture_steps
         taught, learned = self._generate(self.taught, ids, steps), self._generate(student, ids, sampler)
         title = f"{self.config.methods_used}: {self.config.teacher}, teacher in {steps} steps"
-        history = read_history(metrics)
-        picture(self.folder / _PICTURE, taught, learned, history, title=title, steps=len(sampler.times))
+        history, told = read_history(metrics), self.evaluator.protocol if self.evaluator else None
+        picture(self.folder / _PICTURE, taught, learned, history, told, title=title, steps=len(sampler.times))
 
     def _card(
-        self, rows: list[Measurement], use: str, steps: int, picture_name: str | None, *, adapters: bool = False
+        self, rows: Sequence[Measurement], use: str, steps: int, picture_name: str | None, *, adapters: bool = False
     ) -> ModelCard:
-        metric = self.evaluator.extractor.name if self.evaluator else ""
-        return card(self.config, rows, metric, use=use, steps=steps, picture_name=picture_name, adapters=adapters)
+        told = table(rows, self.evaluator.protocol) if rows and self.evaluator else None
+        return card(self.config, told, use=use, steps=steps, picture_name=picture_name, adapters=adapters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from .hosting import Plan, plan
 from .learners import check_learners
 from .lora import check_lora
 from .metrics.digits import DigitsExtractor
+from .metrics.extractors import Digits
 from .samplers import StudentSampler, teacher_grid
 from .teacher import Teacher
 
@@ -29,14 +31,14 @@ def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Pla
         UserError: the stages, the teacher and the data of ``config`` do not go together.
     """
     guided, stages = teacher.guided(config.data), config.plan
-    check_conditions(teacher, config.data)
+    prompts = check_conditions(teacher, config.data)
     check_stages(stages, guided)
     for stage in stages:
         _check_roles(stage, teacher, config)
     samplers = [stage.method.sampler(guided.process) for stage in stages]
     own_code = config.export.own_code
     hosted = plan(teacher.denoiser, samplers[-1], classes=teacher.classes, family=teacher.family, own_code=own_code)
-    check_evaluation(config.evaluate, teacher)
+    check_evaluation(config.evaluate, teacher, prompts)
     check_images(stages, config.real_data)
     return samplers, hosted
 
@@ -88,25 +90,42 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise UserError(f"training.trackers: {name} is not installed; pip install {name}")
 
 
-def check_evaluation(evaluate: Evaluate | None, teacher: Teacher) -> None:
-    """Refuse an evaluation that the metric or the teacher cannot do.
+def check_evaluation(evaluate: Evaluate | None, teacher: Teacher, prompts: Sequence[str] | None = None) -> None:
+    """Refuse an evaluation that the metrics or the teacher cannot do.
 
     Raises:
-        UserError: images that the metric does not compare, or more steps than the teacher has levels.
+        UserError: images or prompts that a metric does not compare, or more steps than the teacher has levels.
     """
     if evaluate is None:
         return
     channels, height, width = _picture_shape(teacher)
-    if not DigitsExtractor.compares((channels, height, width)):
+    if evaluate.protocol.extractor == Digits.name and not DigitsExtractor.compares((channels, height, width)):
         raise UserError(
             f"evaluate: {DigitsExtractor.name} compares 8x8 digits, or square multiples of that with 1 or 3 channels; "
-            f"the teacher makes {width}x{height} images with {channels}; set evaluate=null"
+            f"the teacher makes {width}x{height} images with {channels}; set evaluate=null, or another evaluate.preset"
         )
+    if channels not in (1, 3):
+        raise UserError(f"evaluate: metrics see grey or RGB images, the teacher makes {channels} channels; set it null")
+    _check_prompts(evaluate, prompts)
     try:
         for steps in evaluate.teacher_steps:
             teacher_grid(teacher.denoiser.process, steps)
     except ValueError as error:
         raise UserError(f"evaluate.teacher_steps: {error}") from None
+
+
+def _check_prompts(evaluate: Evaluate, prompts: Sequence[str] | None) -> None:
+    asking = [metric for metric in evaluate.metrics if metric in ("clip", "diversity")]
+    if asking and prompts is None:
+        raise UserError(f"evaluate.metrics: {asking[0]} is of prompts, which this teacher does not read; remove it")
+    if "clip" in asking and not all(prompt.strip() for prompt in prompts or ()):
+        raise UserError("evaluate.metrics: clip compares with prompts, and one of data.prompts is empty; remove either")
+    fewest = min(evaluate.samples, evaluate.curve_samples if evaluate.every_images else evaluate.samples)
+    if "diversity" in asking and fewest < 2 * len(prompts or ()):
+        raise UserError(
+            f"evaluate.metrics: diversity takes 2 images or more of each of {len(prompts or ())} prompts, and {fewest} "
+            "are measured; raise evaluate.samples and curve_samples, or remove it"
+        )
 
 
 def _picture_shape(teacher: Teacher) -> tuple[int, int, int]:

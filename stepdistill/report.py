@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from . import __version__
 from .config import Config
 from .evaluation import Measurement
 from .images import to_picture, to_uint8
+from .metrics.base import Value
+from .metrics.protocols import Protocol
 from .sources import is_local
 
 mpl.use("Agg")
@@ -39,9 +42,16 @@ def grid(images: Tensor, columns: int = 8) -> Image.Image:
 
 
 def picture(
-    path: Path, teacher: Tensor, student: Tensor, history: list[dict[str, float]], *, title: str, steps: int
+    path: Path,
+    teacher: Tensor,
+    student: Tensor,
+    history: list[dict[str, float]],
+    protocol: Protocol | None,
+    *,
+    title: str,
+    steps: int,
 ) -> None:
-    """Teacher and student from the same noise, side by side, above the training curve."""
+    """Teacher and student from the same noise, side by side, above the curve of what ``protocol`` measures first."""
     figure, axes = plt.subplot_mosaic(
         [["teacher", "student"], ["curve", "curve"]], figsize=(8, 7), height_ratios=[5, 3]
     )
@@ -50,7 +60,7 @@ def picture(
         axes[name].set_axis_off()
     axes["teacher"].set_title("teacher")
     axes["student"].set_title(f"student, {steps} step{'s'[: steps - 1]}, same noise")
-    _curve(axes["curve"], history)
+    _curve(axes["curve"], history, protocol)
     figure.suptitle(title)
     figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
@@ -59,11 +69,12 @@ def picture(
     temporary.replace(path)
 
 
-def _curve(axis: plt.Axes, history: list[dict[str, float]]) -> None:
-    """The distance to the reference where it was measured; every logged loss otherwise."""
-    measured = [(row["images"], row["fd"]) for row in history if "fd" in row]
-    if measured:
-        axis.plot(*zip(*measured, strict=True), marker="o", label="Frechet distance of the student")
+def _curve(axis: plt.Axes, history: list[dict[str, float]], protocol: Protocol | None) -> None:
+    """What was measured of the student where it was; every logged loss otherwise."""
+    name = protocol.values[0] if protocol else ""
+    measured = [(row["images"], row[name]) for row in history if name in row]
+    if protocol and measured:
+        axis.plot(*zip(*measured, strict=True), marker="o", label=f"{protocol.title(name)} of the student")
     else:
         for name in sorted({key for row in history for key in row if key.endswith("/loss")}):
             points = [(row["images"], row[name]) for row in history if name in row]
@@ -76,20 +87,26 @@ def _curve(axis: plt.Axes, history: list[dict[str, float]]) -> None:
         axis.legend()
 
 
-def table(rows: list[Measurement], metric: str) -> str:
-    """Distances, network calls and speed as aligned text; the last row is the student."""
+def table(rows: Sequence[Measurement], protocol: Protocol) -> str:
+    """Measured values, network calls and speed as aligned text; the last row is the student."""
     slowest = rows[0].images_per_second
     asked = any(row.prompt_accuracy is not None for row in rows)
-    told = f"{'prompt accuracy':>17}" if asked else ""
-    lines = [f"{'':<18}{metric + ' (+- se)':>22}{told}{'network calls':>15}{'images/s':>11}{'speed-up':>10}"]
+    told = "".join(f"{protocol.title(name) + ' (+- se)':>22}" for name in protocol.values)
+    told += f"{'prompt accuracy':>17}" if asked else ""
+    lines = [f"{'':<18}{told}{'network calls':>15}{'images/s':>11}{'speed-up':>10}"]
     for row in rows:
-        distance = f"{row.distance.value:.3f} +- {row.distance.se:.3f}"
+        told = "".join(f"{_value(row.metrics[name]):>22}" for name in protocol.values)
+        told += f"{row.prompt_accuracy:>17.3f}" if asked else ""
         ratio = f"{row.images_per_second / slowest:.1f}x"
-        told = f"{row.prompt_accuracy:>17.3f}" if asked else ""
-        lines.append(
-            f"{row.label:<18}{distance:>22}{told}{row.network_calls:>15}{row.images_per_second:>11.0f}{ratio:>10}"
-        )
+        lines.append(f"{row.label:<18}{told}{row.network_calls:>15}{row.images_per_second:>11.0f}{ratio:>10}")
     return "\n".join(lines)
+
+
+def _value(found: Value) -> str:
+    """Three decimals, or more where the error or the value is smaller."""
+    size = found.se or abs(found.value)
+    places = 3 if size >= 0.001 or size == 0 else 1 - math.floor(math.log10(size))
+    return f"{found.value:.{places}f}" + ("" if found.se is None else f" +- {found.se:.{places}f}")
 
 
 def usage(
@@ -187,15 +204,14 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 def card(
     config: Config,
-    rows: list[Measurement],
-    metric: str,
+    numbers: str | None,
     *,
     use: str,
     steps: int,
     picture_name: str | None,
     adapters: bool = False,
 ) -> ModelCard:
-    """The model card of a student or its adapters: what it is, the lines that ``use`` it, its recipe, its numbers."""
+    """The model card of a student or its adapters: what it is, the lines that ``use`` it, its recipe, its ``table``."""
     hub_id = None if is_local(config.teacher) else config.teacher
     data = ModelCardData(
         library_name="diffusers",
@@ -209,7 +225,7 @@ def card(
         base_model=hub_id,
         base_model_relation=("adapter" if adapters else "finetune") if hub_id else None,  # type: ignore[arg-type]
     )
-    numbers = f"```\n{table(rows, metric)}\n```\n" if rows else "Not evaluated.\n"
+    numbers = f"```\n{numbers}\n```\n" if numbers else "Not evaluated.\n"
     shown = f"![teacher and student from the same noise]({picture_name})\n\n" if picture_name else ""
     papers = "; ".join(dict.fromkeys(stage.method.paper for stage in config.plan))
     recipe = yaml.safe_dump(config.dump(), sort_keys=False)

@@ -5,28 +5,28 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from .errors import UserError
-from .metrics.base import Value
+from .metrics import score
+from .metrics.base import Extractor, Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.extractors import load_extractor
 from .metrics.forms import Statistics
-from .metrics.influence import paired_difference, paired_mean_difference
 from .metrics.presets import protocol as preset
-from .metrics.protocols import Protocol
+from .metrics.protocols import CLASSIFIERS
 from .metrics.ranks import device_of_rank, gathered, rank_and_world
-from .metrics.score import FRECHET, SINGLE, Collected, Network, Stream, collect, fitted, networks, reader, values
+from .metrics.score import FRECHET, SINGLE, Collected, Network, References, Stream, collect, reader
 from .metrics.sources import open_source
 from .metrics.statistics import read_statistics, write_statistics
-from .metrics.store import FeatureStore, Manifest, read_manifest
+from .metrics.store import FeatureStore, Manifest
 from .metrics.weights import find_weights
 
 RUN = "run.json"
@@ -43,8 +43,8 @@ class Options:
     """In place of the protocol's."""
     count: int | None = None
     """The first so many images; all, or as many as the protocol generates, by default."""
-    prompts: str | None = None
-    """File of prompts, one an image, for the CLIP score, diversity and text-to-image pipelines."""
+    prompts: str | tuple[str, ...] | None = None
+    """Prompts or a file of them, one an image, for the CLIP score, diversity and text-to-image pipelines."""
     weights: str | None = None
     """File or folder of the networks' weights."""
     trust: bool = False
@@ -61,12 +61,18 @@ class Options:
 
 
 class Run:
-    """One protocol, its networks, and what was noted on the way."""
+    """One protocol, its networks, its reference, and what was noted on the way."""
 
     def __init__(
-        self, options: Options, reference: str, changes: dict[str, object], *, images: int | None = None
+        self,
+        options: Options,
+        reference: str,
+        changes: dict[str, object],
+        device: torch.device | None = None,
+        *,
+        images: int | None = None,
     ) -> None:
-        self.options, self.reference, self.device = options, reference, device_of_rank()
+        self.options, self.reference, self.device = options, reference, device or device_of_rank()
         self.images = images
         """How many there are, of which some may be asked for; ``None`` where they are made."""
         base = preset(options.preset or ("digits" if reference.startswith("builtin:digits") else "clean"))
@@ -76,13 +82,15 @@ class Run:
         self.skipped: list[str] = []
         self.seconds = {"reference": 0.0, "images": 0.0, "distance": 0.0}
         self.prompts: list[str] = []
+        self.extractors: dict[str, Extractor] = {}
         self._networks: dict[str, Network] = {}
+        self._references: References | None = None
 
     def networks(self, count: int) -> dict[str, Network]:
         """Those of the protocol, for ``count`` images."""
         if options := {"clip", "diversity"} & set(self.protocol.metrics):
             self.prompts = self._read_prompts(count, " and ".join(sorted(options)))
-        self._networks = self._networks or networks(
+        self._networks = self._networks or score.networks(
             self.protocol, self.protocol.metrics, self._extractor, self._scorer, self.prompts
         )
         return self._networks
@@ -98,9 +106,11 @@ class Run:
             raise UserError(f"{self.options.prompts} holds {len(found)} prompts for {images} images; give one an image")
         return found[:count]
 
-    def _extractor(self, name: str) -> Any:  # noqa: ANN401
+    def _extractor(self, name: str) -> Extractor:
         told = self.options
-        return load_extractor(name, weights=told.weights, device=self.device, trust=told.trust, download=told.download)
+        found = load_extractor(name, weights=told.weights, device=self.device, trust=told.trust, download=told.download)
+        self.extractors[name] = found
+        return found
 
     def _scorer(self) -> ClipScorer:
         told, protocol = self.options, self.protocol
@@ -116,15 +126,25 @@ class Run:
             return None
 
         def at(network: Network) -> FeatureStore:
-            classes = 1008 if "is" in self.protocol.metrics else 0
+            classes = 1008 if network.name in CLASSIFIERS else 0
             manifest = Manifest(self.protocol.digest(), made_by, network.dimension, classes, "float32")
             return FeatureStore(folder / network.name.replace(" ", "-"), manifest)
 
         return at
 
-    def referred(self, needed: dict[str, Network]) -> dict[str, Collected | Statistics]:
-        """What the images are compared with, by each metric that compares them."""
-        began = time.perf_counter()
+    def references(self, needed: dict[str, Network]) -> References:
+        """What the images are compared with, read at the first call.
+
+        Raises:
+            UserError: it cannot be read, or is not what a metric compares with.
+        """
+        if self._references is None:
+            began = time.perf_counter()
+            self._references = score.references(self._referred(needed))
+            self.seconds["reference"] = time.perf_counter() - began
+        return self._references
+
+    def _referred(self, needed: dict[str, Network]) -> Mapping[str, Collected | Statistics]:
         compared = {metric: network for metric, network in needed.items() if metric not in (*SINGLE, "clip")}
         statistics, images = _contents(self.reference)
         fits = [metric for metric in compared if statistics and (metric in FRECHET or not images)]
@@ -133,46 +153,60 @@ class Run:
             source = open_source(self.reference)
             stream = reader(source, batch_size=self.options.batch_size, workers=self.options.workers, skip_broken=None)
             found |= collect(stream, len(source), compared, device=self.device)
-        self.seconds["reference"] = time.perf_counter() - began
         return found
 
     def _fit(self, metric: str, network: Network) -> Statistics:
         kind = FRECHET.get(metric, "fid")
         return read_statistics(self.reference, kind=kind, extractor=network.name, dimension=network.dimension)
 
-    def measured(self, stream: Stream, count: int, made_by: str) -> dict[str, Value]:
-        """Every metric of ``count`` images."""
+    def collected(self, stream: Stream, count: int, made_by: str) -> dict[str, Collected]:
+        """What the networks say of ``count`` images; the reference is read before, so that its errors come first."""
         needed = self.networks(count)
-        reference = self.referred(needed)
+        self.references(needed)
         began = time.perf_counter()
         found = collect(stream, count, needed, device=self.device, store=self.store(made_by))
-        middle = time.perf_counter()
-        result = values(self.protocol, self.protocol.metrics, found, reference, prompts=self.prompts)
-        self.seconds["images"] += middle - began
-        self.seconds["distance"] += time.perf_counter() - middle
+        self.seconds["images"] += time.perf_counter() - began
+        return found
+
+    def values(self, found: dict[str, Collected]) -> dict[str, Value]:
+        """Every metric of what was collected last."""
+        began = time.perf_counter()
+        against = self.references(self._networks)
+        result = score.values(self.protocol, self.protocol.metrics, found, against, prompts=self.prompts)
+        self.seconds["distance"] += time.perf_counter() - began
         return result
 
-    def record(self, images: str, metrics: dict[str, Value], **more: object) -> dict[str, Any]:
-        """The result, ready for JSON; kept beside the features, where they are kept."""
+    def measured(self, stream: Stream, count: int, made_by: str) -> dict[str, Value]:
+        """Every metric of ``count`` images."""
+        return self.values(self.collected(stream, count, made_by))
+
+    def setting(self) -> dict[str, Any]:
+        """What measured, ready for JSON."""
         packages = ("stepdistill", "torch", "numpy", "pillow")
-        record = {
+        return {
             "protocol": {
                 "name": self.protocol.name,
                 "digest": self.protocol.digest(),
                 "text": self.protocol.text(),
                 "fields": asdict(self.protocol),
             },
-            "metrics": {name: asdict(value) for name, value in metrics.items()},
-            "images": images,
             "reference": self.reference,
-            "skipped": self.skipped,
             "weights": {network.name: network.weights for network in self._networks.values()},
             "tf32": False,
             "world_size": rank_and_world()[1],
             "device": str(self.device),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        }
+
+    def record(self, images: str, metrics: dict[str, Value], **more: object) -> dict[str, Any]:
+        """The result, ready for JSON; kept beside the features, where they are kept."""
+        record = {
+            **self.setting(),
+            "metrics": {name: asdict(value) for name, value in metrics.items()},
+            "images": images,
+            "skipped": self.skipped,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             **more,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         }
         if self.options.features is not None and rank_and_world()[0] == 0:
             temporary = self.options.features / f".{RUN}"
@@ -223,56 +257,6 @@ def ref(images: str, out: Path, options: Options) -> None:
     if rank_and_world()[0] == 0:
         found = Statistics(moments.mean, moments.covariance, moments.n, 1, network.name)
         write_statistics(out, found, kind=FRECHET[metric], protocol=run.protocol, weights=network.weights)
-
-
-def compare(a: Path, b: Path, options: Options, *, plot: Path | None = None) -> dict[str, Any]:
-    """Difference of two runs that kept their features, on the sample ids that both have.
-
-    ``plot`` is a PNG to draw the samples in on which they agree best and worst.
-
-    Raises:
-        UserError: folders without such runs, or runs of different protocols or references.
-    """
-    one, two = _kept(a), _kept(b)
-    for field in ("protocol", "reference"):
-        mine, other = (each[field]["digest"] if field == "protocol" else each[field] for each in (one, two))
-        if mine != other:
-            raise UserError(f"{a} and {b} differ in their {field} ({mine} and {other}); only equal ones compare")
-    told = one["protocol"]["fields"]
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-    run = Run(replace(options, preset=None, metrics=None), one["reference"], {})
-    run.protocol = Protocol(**fields)
-    found: dict[str, Value] = {}
-    metrics = [metric for metric in run.protocol.metrics if metric in FRECHET]
-    run.protocol = replace(run.protocol, metrics=tuple(metrics) or run.protocol.metrics)
-    reference = run.referred(run.networks(0)) if metrics else {}
-    apart = None
-    for metric in metrics:
-        name, _ = run.protocol.network(metric)
-        first, second = _features(a / name), _features(b / name)
-        found[metric] = paired_difference(first, second, fitted(reference[metric]))
-        apart = (first - second).norm(dim=1) if apart is None else apart
-    if (a / "clip-score").is_dir():
-        found["clip"] = paired_mean_difference(_features(a / "clip-score")[:, 0], _features(b / "clip-score")[:, 0])
-    if plot is not None:
-        from .agreement import draw
-
-        if apart is None:
-            raise UserError(f"--plot takes the features of a Frechet distance, and {a} has none")
-        draw(plot, {str(folder): kept.get("saved") or kept["images"] for folder, kept in ((a, one), (b, two))}, apart)
-    return run.record(f"{a} - {b}", found)
-
-
-def _kept(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / RUN).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no finished run with --features: {error}") from None
-
-
-def _features(folder: Path) -> Tensor:
-    store = FeatureStore(folder, read_manifest(folder))
-    return store.read(range(sum(len(ids) for ids, _ in store.shards()))).features
 
 
 def _contents(path: str) -> tuple[bool, bool]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,10 @@ def train_teacher(config: TeacherConfig) -> Path:
         ema.step(unet.parameters())
     seconds = time.monotonic() - started
     ema.copy_to(unet.parameters())
+    measured = _measure(config, teacher)
     if accelerator.is_main_process:
         DDPMPipeline(unet.eval(), scheduler).save_pretrained(config.output_dir)
-        record = {"config": config.model_dump(mode="json"), "seconds": round(seconds), **_measure(config, teacher)}
+        record = {"config": config.model_dump(mode="json"), "seconds": round(seconds), **measured}
         (config.output_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         print(json.dumps(record["distances"], indent=1))
     accelerator.wait_for_everyone()
@@ -106,13 +108,13 @@ def _measure(config: TeacherConfig, teacher: Denoiser) -> dict[str, Any]:
     if not config.evaluate_samples:
         return {"distances": {}}
     evaluator, images = Evaluator(config.images), load_images(config.images)
-    distances = {"metric": evaluator.extractor.name, "real half": evaluator.floor(images, config.seed)}
+    distances = {"metric": evaluator.protocol.title("fid"), "real half": evaluator.floor(images, config.seed)}
     device = next(teacher.network.parameters()).device
     for steps in config.evaluate_steps:
 
-        def generate(ids: range, steps: int = steps) -> Tensor:
+        def generate(ids: Sequence[int], steps: int = steps) -> Tensor:
             return sample_ode(teacher, SampleNoise(ids, images.shape[1:], device=device)(), steps)
 
-        measured = evaluator.measure(f"{steps} steps", steps, generate, samples=config.evaluate_samples, batch_size=250)
-        distances[measured.label] = asdict(measured.distance)
+        measured = evaluator.measure(f"{steps} steps", steps, generate, samples=config.evaluate_samples)
+        distances[measured.label] = asdict(measured.metrics["fid"])
     return {"distances": distances}

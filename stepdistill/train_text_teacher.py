@@ -10,6 +10,7 @@ import math
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from .config import EnoughSamples, Section
 from .errors import UserError
 from .evaluation import Evaluator, Measurement
 from .images import TEXT_DIGITS, load_text_digits, to_float, to_picture, to_uint8
+from .metrics.digits import DigitsExtractor
 from .samplers import SampleNoise
 from .styles import CAPTIONS, STYLES
 
@@ -235,26 +237,26 @@ def _measure(config: TextTeacherConfig) -> dict[str, Any]:
     """Prompt accuracy and distance of the saved pipeline and of the real images; draws ``preview.png``."""
     pipeline = StableDiffusionPipeline.from_pretrained(config.output_dir)
     pipeline.set_progress_bar_config(disable=True)
-    evaluator = Evaluator(TEXT_DIGITS)
+    evaluator = Evaluator(TEXT_DIGITS, batch_size=120)
     settings = [(steps, config.guidance_scale) for steps in config.evaluate_steps] + [(config.evaluate_steps[0], 1.0)]
     rows = []
     for steps, guidance_scale in settings:
 
-        def generate(ids: range, steps: int = steps, guidance_scale: float = guidance_scale) -> Tensor:
+        def generate(ids: Sequence[int], steps: int = steps, guidance_scale: float = guidance_scale) -> Tensor:
             return generate_captions(pipeline, ids, steps=steps, guidance_scale=guidance_scale)
 
         digits = torch.tensor(in_turn(range(config.evaluate_samples), len(CAPTIONS))) % 10
-        measured = evaluator.measure(
-            f"{steps} steps", steps, generate, samples=config.evaluate_samples, batch_size=120, digits=digits
-        )
+        measured = evaluator.measure(f"{steps} steps", steps, generate, samples=config.evaluate_samples, digits=digits)
         rows.append({"steps": steps, "guidance_scale": guidance_scale, **_row(measured)})
     picture = to_uint8(generate_captions(pipeline, range(60), steps=50, guidance_scale=config.guidance_scale))
     grid = picture.reshape(6, 10, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, 96, 160)
     to_picture(grid).resize((480, 288), 0).save(config.output_dir / "preview.png")
-    return {"metric": evaluator.extractor.name, "real": _real(evaluator, config.seed), "generated": rows}
+    return {"metric": evaluator.protocol.title("fid"), "real": _real(evaluator, config.seed), "generated": rows}
 
 
-def generate_captions(pipeline: StableDiffusionPipeline, ids: range, *, steps: int, guidance_scale: float) -> Tensor:
+def generate_captions(
+    pipeline: StableDiffusionPipeline, ids: Sequence[int], *, steps: int, guidance_scale: float
+) -> Tensor:
     """Samples ``ids (B, 3, 16, 16)`` in [-1, 1]; the captions come in turn, and each is the same in any batch."""
     images = pipeline(
         [CAPTIONS[number] for number in in_turn(ids, len(CAPTIONS))],
@@ -270,15 +272,15 @@ def generate_captions(pipeline: StableDiffusionPipeline, ids: range, *, steps: i
 def _row(measured: Measurement) -> dict[str, Any]:
     accuracy = measured.prompt_accuracy
     assert accuracy is not None
-    error = math.sqrt(accuracy * (1 - accuracy) / measured.distance.n)
+    error = math.sqrt(accuracy * (1 - accuracy) / measured.metrics["fid"].n)
     shown = {"prompt_accuracy": round(accuracy, 4), "prompt_accuracy_se": round(error, 4)}
-    return {**shown, "distance": asdict(measured.distance)}
+    return {**shown, "distance": asdict(measured.metrics["fid"])}
 
 
 def _real(evaluator: Evaluator, seed: int) -> dict[str, Any]:
     """What real images reach: the accuracy of every style, and the distance of a random half of the images."""
     images, captions = load_text_digits()
-    right = evaluator.extractor.classify(images) == captions % 10
+    right = DigitsExtractor().classify(images) == captions % 10
     styles = {STYLES[k] or "plain": right[captions // 10 == k].double().mean().item() for k in range(len(STYLES))}
     return {
         "prompt_accuracy": round(right.double().mean().item(), 4),

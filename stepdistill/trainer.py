@@ -88,7 +88,10 @@ class Trainer:
             schedule = get_scheduler(
                 name, optimizer, num_warmup_steps=training.lr_warmup_steps, num_training_steps=steps
             )
-            self.learners[role], self.optimizers[role] = accelerator.prepare(network, optimizer)
+            # Not placed again: moved to "cpu:0", as accelerate calls the CPU of several processes, a weight is copied.
+            placement: Any = [False, None]
+            prepared = accelerator.prepare(network, optimizer, device_placement=placement)
+            self.learners[role], self.optimizers[role] = prepared
             scaled = isinstance(network, Conditioned) and network.scale is not None
             self.frozen[role] = replace(bare, network=compiled(twin, training), told_scale=scaled)
             accelerator.register_for_checkpointing(schedule)

@@ -58,23 +58,27 @@ CORRUPTIONS = {
 }
 
 
+def distance(evaluator, images):
+    return evaluator.score(images)["fid"]
+
+
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_every_corruption_is_seen_and_more_of_it_is_farther(evaluator, name):
     corrupt, levels = CORRUPTIONS[name]
-    floor = evaluator.distance(IMAGES[HALF])
-    distances = [evaluator.distance(corrupt(level)).value for level in levels]
+    floor = distance(evaluator, IMAGES[HALF])
+    distances = [distance(evaluator, corrupt(level)).value for level in levels]
     assert distances == sorted(distances)
     assert distances[0] > floor.value + 3 * floor.se
 
 
 def test_the_real_images_are_at_zero(evaluator):
-    assert evaluator.distance(IMAGES).value == pytest.approx(0, abs=1e-9)
+    assert distance(evaluator, IMAGES).value == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_independent_draws_from_the_real_images_are_within_error_of_zero(evaluator, seed):
     draws = torch.randint(len(IMAGES), (3000,), generator=torch.Generator().manual_seed(seed))
-    real = evaluator.distance(IMAGES[draws])
+    real = distance(evaluator, IMAGES[draws])
     assert real.debiased is not None
     assert abs(real.debiased) < 3 * real.se
     assert real.value > abs(real.debiased)
@@ -111,13 +115,14 @@ def test_features_that_no_digit_fires_keep_the_scale_of_the_network():
 
 
 def test_one_image_that_fires_a_silent_feature_does_not_dominate_the_distance(evaluator):
-    silent = evaluator.extractor(IMAGES).std(0) == 0
+    extractor = DigitsExtractor()
+    silent = extractor(IMAGES).std(0) == 0
     noise = torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(0))
     stray = as_bytes(IMAGES / 255 + 0.4 * noise)
-    fired = evaluator.extractor(stray)[:, silent].amax(1)
+    fired = extractor(stray)[:, silent].amax(1)
     assert fired.max() > 0
-    with_it = evaluator.distance(torch.cat([IMAGES, stray[fired.argmax()][None]])).value
-    assert with_it < evaluator.distance(without_classes(1)).value
+    with_it = distance(evaluator, torch.cat([IMAGES, stray[fired.argmax()][None]])).value
+    assert with_it < distance(evaluator, without_classes(1)).value
 
 
 def test_the_classifier_knows_the_real_digits():
@@ -163,27 +168,29 @@ def test_the_bundled_file_is_what_the_training_script_writes(tmp_path, capsys):
 
 @pytest.mark.parametrize("batch_size", [64, 250, 1000])
 def test_measuring_a_generator_is_measuring_its_images(evaluator, batch_size):
-    measured = evaluator.measure(
-        "real", 3, lambda ids: to_float(IMAGES[ids.start : ids.stop]), samples=1000, batch_size=batch_size
+    measured = Evaluator("builtin:digits", batch_size=batch_size).measure(
+        "real", 3, lambda ids: to_float(IMAGES[ids[0] : ids[-1] + 1]), samples=1000
     )
-    expected = evaluator.distance(IMAGES[:1000])
-    assert (measured.label, measured.network_calls, measured.distance.n) == ("real", 3, 1000)
-    assert measured.distance.value == pytest.approx(expected.value, rel=1e-9)
-    assert measured.distance.se == pytest.approx(expected.se, rel=1e-6)
-    features = evaluator.extractor(IMAGES[:1000]).double()
+    found = measured.metrics["fid"]
+    expected = distance(evaluator, IMAGES[:1000])
+    assert (measured.label, measured.network_calls, found.n) == ("real", 3, 1000)
+    assert found.value == pytest.approx(expected.value, rel=1e-9)
+    assert found.se == pytest.approx(expected.se, rel=1e-6)
+    features = DigitsExtractor()(IMAGES[:1000]).double()
     pairs = torch.pdist(features).square().mean().sqrt().item()
     assert measured.diversity == pytest.approx(pairs, rel=1e-6)
-    seen = evaluator.extractor.classify(IMAGES[:1000])
+    seen = DigitsExtractor().classify(IMAGES[:1000])
     assert measured.class_shares == pytest.approx([(seen == digit).float().mean().item() for digit in range(10)])
 
 
-def test_the_speed_counts_generation_and_not_a_slow_first_batch(evaluator, monkeypatch):
+def test_the_speed_counts_generation_and_not_a_slow_first_batch(monkeypatch):
+    evaluator = Evaluator("builtin:digits", batch_size=20)
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     def generate(ids):
-        clock[0] += 0.5 if ids.start else 60.0
-        return to_float(IMAGES[ids.start : ids.stop])
+        clock[0] += 0.5 if ids[0] else 60.0
+        return to_float(IMAGES[ids[0] : ids[-1] + 1])
 
-    measured = evaluator.measure("slow start", 1, generate, samples=100, batch_size=20)
+    measured = evaluator.measure("slow start", 1, generate, samples=100)
     assert measured.images_per_second == pytest.approx(20 / 0.5)

@@ -94,22 +94,22 @@ def test_demo_in_small_evaluates_draws_and_prints_the_table(teachers, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         main(
             ["distill", "--config", "digits_sid", *options, evaluate, f"teacher={teachers()}", f"output_dir={folder}"]
-            + ["steps=4", "training.preview_every=2", "training.trackers=[tensorboard]"]
+            + ["steps=4", "training.preview_every=2", "training.trackers=[tensorboard]", "evaluate.every_images=8"]
         )
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     for expected in ("teacher, 3 steps", "student", "network calls", "speed-up", "images/s", "from_pretrained"):
         assert expected in out
-    rows = json.loads((folder / "evaluation.json").read_text())
+    rows = json.loads((folder / "evaluation.json").read_text())["rows"]
     assert [row["network_calls"] for row in rows] == [3, 1, 1]
-    assert all(row["distance"]["n"] == 40 for row in rows)
+    assert all(row["metrics"]["fid"]["n"] == 40 for row in rows)
     assert (folder / "student.png").stat().st_size > 1000
     assert {path.name for path in (folder / "previews").iterdir()} == {
         "teacher.png",
         "step_00000002.png",
         "step_00000004.png",
     }
-    assert [row["step"] for row in metrics(folder) if "fd" in row] == [2, 4]
+    assert [row["step"] for row in metrics(folder) if "fid" in row] == [2, 4]
     assert list(folder.rglob("events.out.tfevents.*"))
     assert "fd-digits-v1" in (folder / "student/README.md").read_text()
 
@@ -303,6 +303,8 @@ mine = noise.chunk(accelerator.num_processes)[accelerator.process_index]
 trainer.batches = lambda size: Batch(mine)
 for _ in range(3):
     trainer.step()
+twin = trainer.frozen["student"].network
+assert all(a.data_ptr() == b.data_ptr() for a, b in zip(twin.parameters(), trainer.student.parameters())), "one memory"
 torch.save(weights(trainer.student), f"{sys.argv[2]}_{accelerator.num_processes}_{accelerator.process_index}.pt")
 """
 

@@ -38,7 +38,7 @@ def test_json_is_one_object_with_the_evaluators_numbers(half, capsys):
     assert main(["calc", half, "builtin:digits", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
-    expected = Evaluator("builtin:digits").distance(load_images(half))
+    expected = Evaluator("builtin:digits").score(load_images(half))["fid"]
     assert result["metrics"].keys() == {"fid"}
     found = result["metrics"]["fid"]
     assert found["value"] == pytest.approx(expected.value, rel=1e-9)
@@ -56,7 +56,7 @@ def test_json_is_one_object_with_the_evaluators_numbers(half, capsys):
 def test_the_table_is_short_and_has_the_same_numbers(half, capsys):
     main(["calc", half, "builtin:digits"])
     head, row, protocol = capsys.readouterr().out.splitlines()
-    expected = Evaluator("builtin:digits").distance(load_images(half))
+    expected = Evaluator("builtin:digits").score(load_images(half))["fid"]
     assert head.split() == ["metric", "value", "+-", "se", "debiased", "n"]
     numbers = [f"{expected.value:.4f}", "+-", f"{expected.se:.4f}", f"{expected.debiased:.4f}"]
     assert row.split() == ["fd-digits-v1", *numbers, "899"]

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 
 import pytest
@@ -26,7 +26,7 @@ from stepdistill.html_report.charts import MOST_POINTS, Line, Point, chart, shor
 from stepdistill.html_report.markup import Markup, element, join
 from stepdistill.html_report.tables import duration
 from stepdistill.images import load_images
-from stepdistill.metrics.frechet import FrechetDistance
+from stepdistill.metrics.base import Value
 from stepdistill.recipe import parse
 from stepdistill.report import grid
 
@@ -72,8 +72,8 @@ class Page(HTMLParser):
 
 
 def measurement(label, calls, value, speed, accuracy=None):
-    distance = FrechetDistance(value, se=0.0625, debiased=value - 0.125, n=2000)
-    return Measurement(label, calls, distance, (0.055, *[0.105] * 9), 11.5, speed, accuracy)
+    distance = Value(value, se=0.0625, debiased=value - 0.125, n=2000)
+    return Measurement(label, calls, {"fid": distance}, speed, (0.055, *[0.105] * 9), 11.5, accuracy)
 
 
 MEASURED = [measurement("teacher, 50 steps", 50, 0.46875, 40.0), measurement("student", 1, 1.53125, 2580.0)]
@@ -86,7 +86,7 @@ def make_run(folder, changed=None, *, rows=40, measured=(), previews=(100, 200),
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     lines = [
         {"step": k, "images": 32 * k, "seconds": 0.5 * k, "fake/loss": 9 + 1 / k, "student/loss": -5 / k}
-        | ({"fd": 200 / k} if k in previews else {})
+        | ({"fid": 200 / k} if k in previews else {})
         for k in range(10, 10 * rows + 1, 10)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -99,7 +99,8 @@ def make_run(folder, changed=None, *, rows=40, measured=(), previews=(100, 200),
     if finished:
         pictures.save(folder / "student.png")
     if measured:
-        (folder / "evaluation.json").write_text(json.dumps([asdict(row) for row in measured]))
+        told = {"rows": [asdict(row) for row in measured], "versions": {"torch": "9.9.9"}}
+        (folder / "evaluation.json").write_text(json.dumps(told))
     return folder
 
 
@@ -131,13 +132,20 @@ def test_prompt_accuracy_has_a_column_where_it_was_measured(tmp_path):
     assert page.row("student")[-1] == "–", "a student alone is faster than nothing"
 
 
-def test_further_metrics_and_versions_of_an_evaluation_are_shown(tmp_path):
-    run = make_run(tmp_path / "run")
-    row = asdict(MEASURED[1]) | {"clip": {"value": 0.31, "se": 0.0021, "n": 64}}
-    (run / "evaluation.json").write_text(json.dumps({"rows": [row], "environment": {"torch": "9.9.9"}}))
-    page = page_of(run)
-    assert page.row("Student, clip") == ["0.3100 ± 0.0021"]
-    assert page.row("torch") == ["9.9.9"]
+def test_values_of_two_protocols_have_columns_and_curves_of_their_own(tmp_path):
+    digits = make_run(tmp_path / "digits", measured=MEASURED)
+    found = {"fid": Value(7.5, 0.25, 64), "clip": Value(0.31, 0.0021, 64)}
+    evaluate = {"preset": "clean", "reference": "images"}
+    clean = make_run(
+        tmp_path / "clean", {"evaluate": evaluate}, measured=[replace(MEASURED[1], metrics=found, class_shares=())]
+    )
+    page = page_of(digits, clean, out=tmp_path / "both.html")
+    assert page.row("Student, fd-digits-v1") == ["1.531 ± 0.062", "–"]
+    assert page.row("Student, fid (clean)") == ["–", "7.50 ± 0.25"]
+    assert page.row("Student, clip (clean)") == ["–", "0.3100 ± 0.0021"]
+    assert page.row("torch") == ["9.9.9", "9.9.9"]
+    assert "fd-digits-v1 against images" in page.text
+    assert "fid (clean) against images" in page.text
 
 
 def test_every_log_line_is_a_point_that_reads_its_value(tmp_path):
@@ -145,7 +153,7 @@ def test_every_log_line_is_a_point_that_reads_its_value(tmp_path):
     page = page_of(run)
     points = page.text.count("run: ")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert points == sum(len(line) - 3 + ("fd" in line) for line in lines), "distances stand against images and time"
+    assert points == sum(len(line) - 3 + ("fid" in line) for line in lines), "distances stand against images and time"
     assert "run: 9.025 at step 40, 1,280 images, 20.0 s" in page.text
 
 
@@ -253,7 +261,7 @@ def test_half_a_character_in_a_name_is_written_as_its_number(tmp_path):
         ("metrics.jsonl", "[]\n", "metrics.jsonl is not what"),
         ("evaluation.json", '[{"label": ', "evaluation.json cannot be read"),
         ("evaluation.json", "7", "evaluation.json is not what"),
-        ("evaluation.json", '[{"label": "student"}]', "'network_calls'"),
+        ("evaluation.json", '{"versions": {}, "rows": [{"label": "student"}]}', "'metrics'"),
         ("config.yaml", "teacher: [", "config.yaml cannot be read"),
         ("config.yaml", "- 1", "config.yaml is not what"),
         ("config.yaml", "teacher: x", "'method'"),

@@ -128,9 +128,8 @@ def test_the_classifier_knows_the_real_styled_digits_as_recorded():
 
 
 def test_the_evaluator_counts_the_digits_that_were_asked():
-    evaluator = Evaluator("builtin:digits")
-    measured = evaluator.measure(
-        "real", 1, lambda ids: to_float(GREY[ids.start : ids.stop]), samples=100, batch_size=30, digits=LABELS[:100]
+    measured = Evaluator("builtin:digits", batch_size=30).measure(
+        "real", 1, lambda ids: to_float(GREY[ids[0] : ids[-1] + 1]), samples=100, digits=LABELS[:100]
     )
     expected = (EXTRACTOR.classify(GREY[:100]) == LABELS[:100]).double().mean().item()
     assert measured.prompt_accuracy == pytest.approx(expected)

@@ -13,7 +13,7 @@ from PIL import Image
 from .charts import MOST_POINTS, Line, Point, chart, drawable, logarithmic, swatch
 from .markup import Markup, element, join
 from .run_folder import RunFolder, X
-from .tables import DISTANCE, duration, group, row, table
+from .tables import duration, group, row, table
 
 _MOST = 12
 """Previews shown of a run, the first and the last among them."""
@@ -30,12 +30,13 @@ def _pictures(run: RunFolder, style: int, *, named: bool) -> Markup:
     every = run.previews
     shown = _spread(every)
     images = {int(line["step"]): line["images"] for line in run.rows}
-    found = {int(line["step"]): line["fd"] for line in run.rows if "fd" in line}
+    found = {int(line["step"]): line for line in run.rows if _measured([line])}
     teacher = run.path / "previews" / "teacher.png"
     frames = [_framed(teacher, "teacher", "")] if shown and teacher.is_file() else []
     for step, file in shown:
         said = f"{images[step]:,.0f} images" if step in images else ""
-        said += f", distance {found[step]:.3g}" if step in found else ""
+        line = found.get(step, {})
+        said += "".join(f", {name} {line[name]:.3g}" for name in _measured([line]))
         frames.append(_framed(file, f"step {step:,}", said))
     parts = [element("h3", {}, swatch(style), run.name)] if named else []
     if frames:
@@ -88,11 +89,12 @@ def _picture(file: Path) -> tuple[str, bytes, tuple[int, int]]:
 
 
 def curves(runs: Sequence[RunFolder]) -> Markup:
-    """The distance against images and against time, the losses, and whatever else was logged, against images."""
-    names = sorted({name for run in runs for line in run.rows for name in line} - {*X, "fd"})
+    """What was measured against images and time, the losses, and whatever else was logged, against images."""
+    measured = _measured([line for run in runs for line in run.rows])
+    names = sorted({name for run in runs for line in run.rows for name in line} - {*X, *measured})
     losses = [name for name in names if name.endswith("/loss")]
     others = [name for name in names if name not in losses]
-    parts = [_distance(runs)] if any("fd" in line for run in runs for line in run.rows) else []
+    parts = [_on_the_way(runs, measured)] if measured else []
     for title, chosen in (("Losses", losses), ("Learning signals", others)):
         if chosen:
             charts = element("div", {"class": "charts"}, *(_signal(runs, name) for name in chosen))
@@ -109,36 +111,42 @@ def _reading(runs: Sequence[RunFolder]) -> str:
     return said + (f" {lost:,} values that are not finite, or beyond 1e±100, are left out." if lost else "")
 
 
-def _distance(runs: Sequence[RunFolder]) -> Markup:
-    images = _figure(f"{DISTANCE} against images", _lines(runs, "fd", "images"), "generated images")
+def _measured(rows: Sequence[dict[str, float]]) -> list[str]:
+    """Names of what was measured of students."""
+    return [name for name in dict.fromkeys(name for line in rows for name in line) if "/" not in name and name not in X]
+
+
+def _on_the_way(runs: Sequence[RunFolder], names: Sequence[str]) -> Markup:
     unit, size = _unit(max(line["seconds"] for run in runs for line in run.rows))
-    time = _figure(f"{DISTANCE} against time", _lines(runs, "fd", "seconds", size), f"training time, {unit}")
+    charts = []
+    for name in names:
+        charts.append(_figure(f"{name} against images", _lines(runs, name, "images"), "generated images"))
+        charts.append(_figure(f"{name} against time", _lines(runs, name, "seconds", size), f"training time, {unit}"))
     rows = []
     for style, run in enumerate(runs):
         if len(runs) > 1:
-            rows.append(group(run, style, 4))
-        rows += [
-            row(f"{line['step']:,.0f}", [f"{line['images']:,.0f}", duration(line["seconds"]), f"{line['fd']:.4g}"])
-            for line in run.rows
-            if "fd" in line
-        ]
+            rows.append(group(run, style, 3 + len(names)))
+        for line in run.rows:
+            if _measured([line]):
+                told = [f"{line[name]:.4g}" if name in line else "–" for name in names]
+                rows.append(row(f"{line['step']:,.0f}", [f"{line['images']:,.0f}", duration(line["seconds"]), *told]))
     sections = [run.config.get("evaluate") for run in runs]
     counts = {f"{section.get('curve_samples')}": None for section in sections if isinstance(section, dict)}
     values = element(
         "details",
         {},
         element("summary", {}, "The values"),
-        table(["step", "images", "time", DISTANCE], rows, kind="numbers"),
+        table(["step", "images", "time", *names], rows, kind="numbers"),
     )
     on = f" on {' or '.join(counts)} samples" if counts else ""
     note = (
-        f"Measured at every preview{on}; fewer samples read higher, so that the curves compare with each other and not "
-        "with the table above."
+        f"The averaged student, measured{on}; of fewer samples distances read higher, so that the curves compare with "
+        "each other and not with the table above."
     )
     return join(
-        element("h3", {}, "Distance"),
+        element("h3", {}, "Measured on the way"),
         _legend(runs),
-        element("div", {"class": "charts"}, images, time),
+        element("div", {"class": "charts"}, *charts),
         element("p", {"class": "note"}, note),
         values,
     )

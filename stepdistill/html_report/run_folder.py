@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from ..errors import UserError, first_line
+from ..metrics.presets import PRESETS
 
+T = TypeVar("T")
 X = ("step", "images", "seconds")
 """What every row of ``metrics.jsonl`` has."""
 
@@ -51,7 +53,7 @@ class RunFolder:
     stages: tuple[tuple[str, int], ...]
     """Recipe name of each method and its training steps."""
     rows: list[dict[str, float]]
-    """``metrics.jsonl``, oldest first."""
+    """``metrics.jsonl``, oldest first; names of what was measured, not trained, have no ``/``."""
     generators: list[Generator]
     """``evaluation.json``, the student last; empty before."""
     environment: dict[str, str]
@@ -122,17 +124,35 @@ def _read(path: Path, name: str) -> RunFolder:
     if not rows:
         raise UserError(f"{path} has no metrics yet: metrics.jsonl must hold a line; wait for training.log_every steps")
     file = path / "evaluation.json"
-    measured = _parsed(file, json.loads) if file.is_file() else []
+    measured = _parsed(file, json.loads) if file.is_file() else {"rows": [], "versions": {}}
     generators, environment = _checked(file, _evaluation, measured)
+    title = _checked(path / "config.yaml", _titles, config)
     return RunFolder(
         path,
         name,
         config,
         _checked(path / "config.yaml", _stages, config),
-        rows,
-        generators,
+        [_renamed(row, title) for row in rows],
+        [replace(each, figures=_renamed(each.figures, title)) for each in generators],
         environment,
     )
+
+
+def _titles(config: dict[str, Any]) -> Callable[[str], str]:
+    """What to call what was measured: values of two protocols do not share a column, or a curve."""
+    preset = (config.get("evaluate") or {"preset": None}).get("preset", "digits")
+
+    def title(name: str) -> str:
+        if "/" in name or name in X or preset is None:
+            return name
+        known = PRESETS[preset].title(name) if preset in PRESETS else name
+        return f"{name} ({preset})" if known == name else known
+
+    return title
+
+
+def _renamed(values: dict[str, T], title: Callable[[str], str]) -> dict[str, T]:
+    return {title(name): value for name, value in values.items()}
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:  # noqa: ANN401
@@ -176,14 +196,13 @@ def _stages(config: Any) -> tuple[tuple[str, int], ...]:  # noqa: ANN401
 
 
 def _evaluation(measured: Any) -> tuple[list[Generator], dict[str, str]]:  # noqa: ANN401
-    """A list of rows, or ``{rows: [...], environment: {...}}`` with the versions that measured them."""
-    whole = measured if isinstance(measured, dict) else {"rows": measured}
-    versions = {str(name): str(version) for name, version in whole.get("environment", {}).items()}
-    return [_generator(row) for row in whole["rows"]], versions
+    """The rows, and the versions that measured them."""
+    versions = {str(name): str(version) for name, version in measured["versions"].items()}
+    return [_generator(row) for row in measured["rows"]], versions
 
 
 def _generator(row: dict[str, Any]) -> Generator:
-    figures = {key: _figure(value) for key, value in row.items() if isinstance(value, dict) and "value" in value}
+    figures = {key: _figure(value) for key, value in row["metrics"].items()}
     maybe = {key: _number(row[key]) for key in ("diversity", "prompt_accuracy") if row.get(key) is not None}
     return Generator(
         str(row["label"]),

@@ -13,14 +13,11 @@ import yaml
 
 from .. import __version__
 from ..methods import AnyMethod
-from ..metrics.digits import DigitsExtractor
 from .charts import swatch
 from .markup import Markup, element, join
 from .run_folder import Figure, Generator, RunFolder
 
 _METHODS = {method.name: method for method in get_args(AnyMethod)}
-DISTANCE = DigitsExtractor.name
-"""What the bundled evaluator measures, on the way (``fd``) and at the end (``distance``)."""
 _NONE = "–"
 _LONGEST = 300
 """Characters shown of one value of a recipe: a list of prompts may hold thousands."""
@@ -80,17 +77,12 @@ def _facts(run: RunFolder) -> dict[str, str]:
         "Training time": duration(last["seconds"]),
     }
     if student:
-        facts |= {f"Student, {_metric(key)}": _value(figure) for key, figure in student.figures.items()}
+        facts |= {f"Student, {key}": _value(figure) for key, figure in student.figures.items()}
         facts["Network calls per image"] = f"{student.network_calls}"
         facts["Images per second"] = rounded(student.images_per_second)
         if run.generators[0] is not student:
             facts["Speed-up"] = f"{_speedup(run, student)} against {run.generators[0].label}"
     return facts
-
-
-def _metric(key: str) -> str:
-    """``distance`` is what the bundled evaluator calls its own."""
-    return DISTANCE if key == "distance" else key
 
 
 def _speedup(run: RunFolder, one: Generator) -> str:
@@ -107,7 +99,7 @@ def measured(runs: Sequence[RunFolder]) -> Markup:
         return element("p", {}, "Nothing has been measured yet.")
     keys = list(dict.fromkeys(key for one in rows for key in one.figures))
     asked = any(one.prompt_accuracy is not None for one in rows)
-    head = ["", *(name for key in keys for name in (f"{_metric(key)} ± se", "debiased", "n"))]
+    head = ["", *(name for key in keys for name in (f"{key} ± se", "debiased", "n"))]
     head += [*(["prompt accuracy"] if asked else []), "diversity", "network calls", "images/s", "speed-up"]
 
     def cells(run: RunFolder, one: Generator) -> list[str]:
@@ -119,8 +111,7 @@ def measured(runs: Sequence[RunFolder]) -> Markup:
     note = (
         "± is one standard error; a debiased value estimates what infinitely many samples, in place of n, would give. "
     )
-    note += f"{DISTANCE} is a Fréchet distance: lower is better. " if "distance" in keys else ""
-    note += "Speed-up is against the first row."
+    note += "Of distances (fd, fid, kid, cmmd) lower is better. Speed-up is against the first row."
     main = table(head, _grouped(runs, cells, len(head)), kind="numbers")
     return join(main, element("p", {"class": "note"}, note), _balance(runs))
 

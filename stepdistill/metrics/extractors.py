@@ -32,6 +32,10 @@ class Digits(Extractor):
     def __call__(self, images: Tensor) -> Features:
         return Features(self._extract(images))
 
+    def classify(self, images: Tensor) -> Tensor:
+        """The digit 0..9 seen in each uint8 ``(N, C, 8 k, 8 k)`` image, ``(N,)``."""
+        return self._extract.classify(images)
+
 
 class _Entry(NamedTuple):
     weights: str

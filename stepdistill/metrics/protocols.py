@@ -10,9 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from ..errors import UserError
 
 METRICS = ("fid", "kid", "fd-dinov2", "clip-fid", "cmmd", "prdc", "is", "clip", "diversity", "vendi")
+PARTS = {"prdc": ("precision", "recall", "density", "coverage")}
+"""Metrics of several values."""
+DIRECTIONS = {
+    **dict.fromkeys(("fid", "kid", "fd-dinov2", "clip-fid", "cmmd"), -1),
+    **dict.fromkeys(("precision", "recall", "coverage", "is", "clip"), 1),
+}
+"""Sign of an improvement of each value; density, diversity and vendi, which noise has most of, have none."""
 CLIPS = ("clip-vit-b-32", "clip-vit-l-14", "clip-vit-l-14-336", "clip-vit-g-14")
 DINOV2 = ("dinov2-vit-l-14", "dinov2-vit-l-14-pillow")
-EXTRACTORS = ("inception", "inception-clean", "inception-pytorch", *DINOV2, *CLIPS, "digits")
+CLASSIFIERS = ("inception", "inception-clean", "inception-pytorch")
+EXTRACTORS = (*CLASSIFIERS, *DINOV2, *CLIPS, "digits")
 QUANTISATIONS = {
     "round": "uint8 of clip(127.5 x + 128, 0, 255)",
     "truncate": "uint8 of clip(127.5 (x + 1), 0, 255)",
@@ -93,6 +101,8 @@ class Protocol:
     def __post_init__(self) -> None:
         _one_of("metric", METRICS, self.metrics)
         _one_of("extractor", EXTRACTORS, [self.extractor])
+        if "is" in self.metrics and self.extractor not in CLASSIFIERS:
+            raise UserError(f"the inception score needs a classifier, and {self.extractor} is none")
         _one_of("dinov2", DINOV2, [self.dinov2])
         _one_of("clip_model", CLIPS, [self.clip_model])
         _one_of("quantisation", tuple(QUANTISATIONS), [self.quantisation])
@@ -116,6 +126,15 @@ class Protocol:
             "\n" in text for text in (self.name, self.summary, self.seeds, self.reference, self.source, *self.notes)
         ):
             raise UserError("a field of a protocol is one line")
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of what is measured, in order."""
+        return tuple(value for metric in self.metrics for value in PARTS.get(metric, (metric,)))
+
+    def title(self, value: str) -> str:
+        """What tables call a measured value."""
+        return "fd-digits-v1" if (value, self.extractor) == ("fid", "digits") else value
 
     def network(self, metric: str) -> tuple[str, tuple[str, ...]]:
         """Extractor of ``metric`` and the steps before it.

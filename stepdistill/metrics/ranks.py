@@ -16,17 +16,18 @@ T = TypeVar("T")
 
 def rank_and_world() -> tuple[int, int]:
     """This process among all that a launcher started (``accelerate launch``, ``torchrun``); ``(0, 1)`` alone."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
-    return (distributed.get_rank(), world) if world > 1 else (0, 1)
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
 def add_up(*sums: Tensor) -> None:
     """Replace every tensor by its sum over the processes."""
     if rank_and_world()[1] > 1:
+        # NCCL, which a training run has set up, exchanges nothing that is on a CPU.
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         for tensor in sums:
-            total = tensor.cpu()
+            total = tensor.to(device)
             distributed.all_reduce(total)
             tensor.copy_(total)
 

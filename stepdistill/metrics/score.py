@@ -117,10 +117,6 @@ class Collected:
         """All kept features in the order of their ids."""
         return _in_order(self.kept)
 
-    def ids(self) -> list[int]:
-        """The samples of ``features``, in their order; without those of broken images."""
-        return sorted(k for ids, _ in self.kept for k in ids)
-
 
 def _on_cpu(found: Features) -> Features:
     return Features(found.features.cpu(), None if found.logits is None else found.logits.cpu())
@@ -173,16 +169,12 @@ def collect(
             for network, features in found.items():
                 made[network].add(taken, features)
 
-    def write(lacking: Sequence[range], stores: Mapping[Network, FeatureStore]) -> None:
-        for ids in lacking:
-            _write(ids, list(_shown(stream, ids, list(made), device)), stores)
-
     if store is None:
         together(lambda: add(range(rank, count, world)))
     else:
         stores = together(lambda: {network: store(network) for network in made})
         lacking = _lacking(count, list(stores.values()))[rank::world]
-        together(lambda: write(lacking, stores))
+        together(lambda: [_write(ids, list(_shown(stream, ids, list(made), device)), stores) for ids in lacking])
         for network, there in stores.items():
             _read(made[network], there, range(count), rank, world)
     for part in made.values():
@@ -225,18 +217,42 @@ def _read(part: Collected, store: FeatureStore, ids: range, rank: int, world: in
             part.add(range(own.start, min(own.stop, ids.stop)), Features(found.features[inside].float(), logits))
 
 
+@dataclass(frozen=True, eq=False)
+class References:
+    """What each metric compares with; made once for any number of measurements."""
+
+    moments: Mapping[str, Reference]
+    features: Mapping[str, Tensor]
+
+
+def references(found: Mapping[str, Collected | Statistics]) -> References:
+    """What every metric takes of images or their statistics.
+
+    Raises:
+        UserError: too few images, or statistics without what a metric needs.
+    """
+    return References(
+        {
+            metric: Reference((each.sums if isinstance(each, Collected) else each).moments())
+            for metric, each in found.items()
+            if metric in FRECHET
+        },
+        {metric: _features(each, metric) for metric, each in found.items() if metric not in FRECHET},
+    )
+
+
 def values(
     protocol: Protocol,
     metrics: Sequence[str],
     generated: Mapping[str, Collected],
-    reference: Mapping[str, Collected | Statistics],
+    reference: References,
     *,
     prompts: Sequence[str] = (),
 ) -> dict[str, Value]:
     """Every metric by name; precision, recall, density and coverage are four.
 
     Raises:
-        UserError: too few images for a metric, or a reference that it cannot use.
+        UserError: too few images for a metric.
     """
     found: dict[str, Value] = {}
     for metric in metrics:
@@ -244,28 +260,21 @@ def values(
             scores = generated[metric].features().features[:, 0].double()
             found[metric] = Value(scores.mean().item(), scores.std().item() / len(scores) ** 0.5, len(scores))
         elif metric in FRECHET:
-            distance = frechet_distance(generated[metric].sums, fitted(reference[metric]), ddof=protocol.ddof)
+            distance = frechet_distance(generated[metric].sums, reference.moments[metric], ddof=protocol.ddof)
             found[metric] = Value(distance.value, distance.se, distance.n, distance.debiased)
         elif metric in SINGLE:
             found[metric] = _single(metric, generated[metric], protocol, prompts)
         else:
-            found |= _compared(
-                metric, generated[metric].features().features, _features(reference[metric], metric), protocol
-            )
+            found |= _compared(metric, generated[metric].features().features, reference.features[metric], protocol)
     return found
 
 
-def fitted(reference: Collected | Statistics) -> Reference:
-    """What a Frechet distance compares with."""
-    return Reference(reference.moments() if isinstance(reference, Statistics) else reference.sums.moments())
-
-
-def _features(reference: Collected | Statistics, metric: str) -> Tensor:
-    if isinstance(reference, Collected):
-        return reference.features().features
-    if reference.features is None:
+def _features(found: Collected | Statistics, metric: str) -> Tensor:
+    if not isinstance(found, Statistics):
+        return found.features().features
+    if found.features is None:
         raise UserError(f"{metric} compares single images, and these statistics hold none; give the reference images")
-    return reference.features
+    return found.features
 
 
 def _single(metric: str, generated: Collected, protocol: Protocol, prompts: Sequence[str]) -> Value:
@@ -274,10 +283,9 @@ def _single(metric: str, generated: Collected, protocol: Protocol, prompts: Sequ
         return vendi(found.features)
     if metric == "diversity":
         numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        ids = torch.tensor([numbers[prompts[k]] for k in generated.ids()])
-        return per_prompt_diversity(found.features, ids)
-    if found.logits is None:
-        raise UserError(f"the inception score needs a classifier, and {protocol.extractor} is none")
+        kept = sorted(k for ids, _ in generated.kept for k in ids)  # Broken images are left out.
+        return per_prompt_diversity(found.features, torch.tensor([numbers[prompts[k]] for k in kept]))
+    assert found.logits is not None
     # Images may come in the order of their classes.
     order = torch.randperm(len(found.logits), generator=torch.Generator().manual_seed(0))
     return inception_score_splits(found.logits[order].tensor_split(protocol.is_splits))
