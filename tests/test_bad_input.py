@@ -38,14 +38,15 @@ def run(capsys, *arguments):
     """Exit code, standard output and standard error of ``stepdistill fid``."""
     with pytest.raises(SystemExit) as stopped:
         main(["fid", *map(str, arguments)])
-    return stopped.value.code, *capsys.readouterr()
+    out, err = capsys.readouterr()
+    return stopped.value.code, out, err
 
 
 def refused(capsys, *arguments):
     """What is said of bad input, on one line."""
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
-    [said] = [line for line in err.splitlines() if "it/s]" not in line]
+    [said] = [line for line in err.splitlines() if line and "it/s]" not in line]  # No bars of progress.
     assert said.startswith("error: ")
     return said
 
@@ -80,7 +81,8 @@ def test_one_unreadable_image_among_thousands_is_named_or_left_out_and_counted(t
     record = scored(capsys, *told)
     assert record["metrics"]["fid"]["n"] == 1999
     assert record["skipped"] == [str(thousands / "1234.png")]
-    assert f"1 images could not be read, the first {thousands / '1234.png'}" in run(capsys, *told)[1]
+    _, table, _ = run(capsys, *told)
+    assert f"1 images could not be read, the first {thousands / '1234.png'}" in table
 
 
 def test_an_unreadable_image_is_the_error_of_every_process_and_left_out_by_all(thousands):

@@ -1,6 +1,7 @@
 """CLIP features and scores against open_clip itself, and the trap of the activations closed."""
 
 import json
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -192,8 +193,8 @@ def test_a_template_has_one_place_for_the_prompt(towers, template):
 
 def by_hand(architecture, path, images, prompts):
     """100 times the cosine of open_clip's own features, in numpy."""
-    model, _, preprocess = open_clip.create_model_and_transforms(architecture, pretrained=str(path))
-    model, tokenizer = model.eval(), open_clip.get_tokenizer(architecture)
+    made: Any = open_clip.create_model_and_transforms(architecture, pretrained=str(path))
+    model, preprocess, tokenizer = made[0].eval(), made[2], open_clip.get_tokenizer(architecture)
     with torch.no_grad():
         pictures = model.encode_image(torch.stack([preprocess(to_picture(image)) for image in images]))
         texts = model.encode_text(tokenizer(prompts))

@@ -128,8 +128,8 @@ class Script(FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric):
         return "logits" if metric == "isc" else "features"
 
-    def forward(self, images):
-        features = self.program(images, return_features=True)
+    def forward(self, input):
+        features = self.program(input, return_features=True)
         found = {"features": features, "logits": features @ self.program.output.weight.T}
         return tuple(found[name] for name in self.features_list)
 
