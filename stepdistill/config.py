@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -39,6 +40,12 @@ def _scale(value: Any) -> float | tuple[float, float]:  # noqa: ANN401
         case (int() | float() as low, int() | float() as high) if 0 <= low < high:
             return float(low), float(high)
     raise ValueError("must be a number from 0 on, or a range [low, high] with low < high")
+
+
+def _bits(value: str) -> str:
+    if value in ("int8", "nf4") or value.endswith(".gguf"):
+        return value
+    raise ValueError("must be int8, nf4 or the path of a .gguf file")
 
 
 Scale = Annotated[float | tuple[float, float], BeforeValidator(_scale)]
@@ -105,10 +112,13 @@ class Training(Section):
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
     guidance_in_two_passes: bool = False
     """Call a guided teacher twice, in place of once with a doubled batch: less memory, more time."""
+    frozen_batch_size: PositiveInt | None = None
+    """Rows that a frozen network is called with at a time; null is all.  Less memory where no gradient goes through."""
     teacher_dtype: Precision = "float32"
     """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
-    quantize_teacher: Literal["int8"] | None = None
-    """Linear layers of the frozen teacher in eight bits, through ``torchao``; what learns starts from whole weights."""
+    quantize_teacher: Annotated[str, AfterValidator(_bits)] | None = None
+    """Linear layers of the frozen teacher in eight bits (``int8``, torchao) or four (``nf4``, bitsandbytes), or the
+    path of a ``.gguf`` file with its weights; what learns starts from the pipeline's whole weights."""
     offload_teacher: bool = False
     """Keep the teacher in the memory of the CPU but for the turns that ask it."""
     attention: str | None = None
@@ -222,12 +232,6 @@ class Evaluate(Section):
     def protocol(self) -> Protocol:
         """The preset with these metrics."""
         return protocol(self.preset).changed({"metrics": self.metrics})
-
-    def text(self) -> str:
-        """What will be measured, in a line."""
-        said = f"{', '.join(self.protocol.values)} of {self.samples:,} images by {self.preset} against {self.reference}"
-        said += f"; of {self.curve_samples:,} every {self.every_images:,} images" if self.every_images else ""
-        return said + (f", the best by {self.best} kept" if self.best else "")
 
 
 class Export(Section):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .conditions import NO_COND, Cond, concatenate, repeat
+from .conditions import NO_COND, Cond, concatenate, repeat, select
 from .process import NoiseProcess, broadcast
 
 Target = Literal["eps", "v", "x0", "flow", "edm", "consistency"]
@@ -101,6 +101,8 @@ class Denoiser:
     view: NoiseProcess | None = None
     bottleneck: Callable[[nn.Module], nn.Module] | None = None
     """Finds the innermost layer of the network, where it has one."""
+    at_once: int | None = None
+    """Rows that the network takes in one call, of those that it is given; ``None`` is all."""
 
     @property
     def process(self) -> NoiseProcess:
@@ -139,7 +141,7 @@ class Denoiser:
             prediction = self(x_t, t, cond)
         finally:
             hook.remove()
-        return prediction, seen[0].mean(1, keepdim=True)
+        return prediction, torch.cat(seen).mean(1, keepdim=True)
 
     def _output(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The (guided) network output in at least float32."""
@@ -172,7 +174,10 @@ class Denoiser:
 
     def _called(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
         """The network's output in at least float32; a network in half precision is told so."""
-        weight = next(self.network.parameters(), x)
+        if self.at_once is not None and len(x) > self.at_once:
+            parts = [slice(start, start + self.at_once) for start in range(0, len(x), self.at_once)]
+            return torch.cat([self._called(x[part], label[part], select(cond, part)) for part in parts])
+        weight = next(filter(Tensor.is_floating_point, self.network.parameters()), x)
         if weight.dtype in (torch.bfloat16, torch.float16):
             x = x.to(weight.dtype)
             cond = {key: value.to(x.dtype) if value.is_floating_point() else value for key, value in cond.items()}

@@ -26,10 +26,11 @@ from .config import Config, Training
 from .data import data_free, real_images
 from .errors import Diverged, UserError
 from .export import save_adapters, single_time
-from .learners import networks, quantized, tune
+from .learners import networks, tune
 from .lora import merged
 from .outcome import Outcome
 from .preflight import check_launch, check_output, check_trackers, checked
+from .quantization import quantized
 from .recipe import parse
 from .report import read_history
 from .snapshots import OnDisk
@@ -83,6 +84,7 @@ class Run:
             config.teacher, resolution=config.data.resolution, dtype=config.training.teacher_dtype
         )
         self.samplers, self.hosted = checked(config, self.teacher)
+        self.teacher = quantized(self.teacher, config.training)
         images = real_images(self.teacher, config.real_data) if config.real_data else None
         self.accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision,
@@ -96,7 +98,6 @@ class Run:
             self.data = data_free(self.teacher, config.data, self.accelerator.device)
         if images is not None:
             self.data = replace(self.data, images=images.to(self.accelerator.device))
-        self.teacher = quantized(self.teacher, config.training)
         self.teacher.denoiser.network.to(self.accelerator.device)
         two_passes = config.training.guidance_in_two_passes
         self.taught = self.teacher.guided(config.data, self.data.null, two_passes=two_passes)

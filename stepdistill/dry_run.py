@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .conditions import Cond
-from .config import Config, Stage, Training
+from .config import Config, Evaluate, Stage, Training
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
-from .learners import learning, networks, quantized, tune
+from .learners import learning, networks, tune
 from .preflight import check_trackers, checked
+from .quantization import quantized
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer
 
@@ -61,8 +62,14 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         lines += rehearse(stage, config).lines(stage, tflops)
     pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
     lines += ["", f"student   {pipeline} with {hosted.scheduler_name}, {hosted.steps} network call(s)"]
-    lines += [f"evaluate  {config.evaluate.text()}"] if config.evaluate else []
+    lines += [f"evaluate  {_judged(config.evaluate)}"] if config.evaluate else []
     return "\n".join(lines)
+
+
+def _judged(told: Evaluate) -> str:
+    said = f"{', '.join(told.protocol.values)} of {told.samples:,} images by {told.preset} against {told.reference}"
+    said += f"; of {told.curve_samples:,} every {told.every_images:,} images" if told.every_images else ""
+    return said + (f", the best by {told.best} kept" if told.best else "")
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,14 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
     )
     frozen = {role: trainer.frozen[role].network for role in ("teacher", *stage.method.frozen_roles)}
     roles = {role: role_of(network, role, training) for role, network in {**frozen, **made}.items()}
+    roles["teacher"] = replace(roles["teacher"], weights=sum(p.numel() for p in teacher.network.parameters()))
     if training.mixed_precision != "no":
         half = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float16
         for network in (*made.values(), *(net.network for net in trainer.frozen.values())):
             nn.Module.to(network, half)
+            for layer in network.modules():
+                if "compute_dtype" in vars(layer):  # of a GGUF file, which autocast sees to in a run
+                    vars(layer)["compute_dtype"] = half
     step = Step(stage, trainer)
     with patch.object(functional, "scaled_dot_product_attention", _fused):
         peak, flops = measured(step, step.everything(), META)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import count, positive, taken
+
 if TYPE_CHECKING:
     from .scoring import Options
 
@@ -39,17 +41,10 @@ def _calc(told: argparse.Namespace) -> int:
 
 def _gen(told: argparse.Namespace) -> int:
     from .generating import gen
+    from .sample import Sampling
 
     record = gen(
-        told.pipeline,
-        told.reference,
-        _options(told),
-        steps=told.steps,
-        labels=tuple(told.labels) if told.labels else None,
-        guidance_scale=told.guidance_scale,
-        repeats=told.repeats,
-        save_images=told.save_images,
-        trust_remote_code=told.trust_remote_code,
+        taken(Sampling, told), told.reference, _options(told), repeats=told.repeats, save_images=told.save_images
     )
     return _show(record, told)
 
@@ -120,19 +115,7 @@ def table_of(record: dict[str, Any]) -> str:
 def _options(told: argparse.Namespace) -> Options:
     from .scoring import Options
 
-    return Options(
-        preset=told.preset,
-        metrics=tuple(told.metrics.split(",")) if told.metrics else None,
-        count=told.num,
-        prompts=told.prompts,
-        weights=told.weights,
-        trust=told.trust,
-        download=told.download,
-        batch_size=told.batch_size,
-        workers=told.workers,
-        features=told.features,
-        skip_broken=told.skip_broken,
-    )
+    return taken(Options, told)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,12 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     gen = command(
         "gen", _gen, "generate with a pipeline and score in memory", "gen STUDENT refs.npz --preset edm-cifar10"
     )
-    gen.add_argument("pipeline", metavar="PIPELINE", help="an exported student, or a teacher's folder or hub id")
+    gen.add_argument("source", metavar="PIPELINE", help="an exported student, or a teacher's folder or hub id")
     gen.add_argument("reference", metavar="REFERENCE", help="what to compare the images with")
-    gen.add_argument("--steps", type=int, help="network calls of a teacher, 50 by default")
+    gen.add_argument("--steps", type=positive, help="network calls of a teacher, 50 by default")
     gen.add_argument("--labels", type=int, nargs="+", help="class labels to take in turn; all by default")
     gen.add_argument("--guidance-scale", type=float, default=1.0, help="of a teacher")
-    gen.add_argument("--repeats", type=int, help="sets of images, in place of the protocol's")
+    gen.add_argument("--repeats", type=positive, help="sets of images, in place of the protocol's")
     gen.add_argument("--save-images", type=Path, metavar="DIR", help="also keep the images, as PNG")
     gen.add_argument("--trust-remote-code", action="store_true", help="run the pipeline file that a student comes with")
     ref = command("ref", _ref, "write the statistics of reference images", "ref IMAGES --preset clean --out stats.npz")
@@ -185,17 +168,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", metavar="NAME", help="protocol; digits against builtin:digits, clean otherwise, by default")
-    add("--metrics", metavar="A,B", help="in place of the protocol's: fid,kid,fd-dinov2,clip-fid,cmmd,prdc,is,clip,...")
-    add("--num", type=int, metavar="N", help="the first N images")
+    add(
+        "--metrics",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        help="in place of the protocol's: fid,kid,fd-dinov2,clip-fid,cmmd,prdc,is,clip,...",
+    )
+    add("--num", dest="count", type=positive, metavar="N", help="the first N images")
     add("--prompts", metavar="FILE", help="one prompt an image, a line each")
     add("--weights", metavar="FILE", help="weights of the network, or a folder of them")
     add("--trust", action="store_true", help="take weights with another checksum than the published")
     add("--download", action="store_true", help="fetch weights that are not here")
-    add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=4, help="threads that read images")
+    add("--batch-size", type=positive, default=64)
+    add("--workers", type=count, default=4, help="threads that read images")
     add("--features", type=Path, metavar="DIR", help="keep features there: a killed run continues, two runs compare")
     add("--skip-broken", action="store_true", help="leave out images that cannot be read, and count them")
     add("--json", action="store_true", help="print one JSON object instead of a table")

@@ -24,23 +24,21 @@ from .metrics.protocols import Protocol
 from .metrics.ranks import rank_and_world
 from .metrics.score import Stream
 from .metrics.sources import Batch
-from .sample import Traces, tracing
+from .sample import Sampling, Traces, tracing
 from .scoring import Options, Run
 
 
 def gen(
-    pipeline: str,
-    reference: str,
-    options: Options,
-    *,
-    steps: int | None = None,
-    labels: tuple[int, ...] | None = None,
-    guidance_scale: float = 1.0,
-    repeats: int | None = None,
-    save_images: Path | None = None,
-    trust_remote_code: bool = False,
+    asked: Sampling, reference: str, options: Options, *, repeats: int | None = None, save_images: Path | None = None
 ) -> dict[str, Any]:
-    """Generate with ``pipeline`` (a student, a teacher's folder or hub id) and score in memory; see ``sample``.
+    """Generate and score in memory.
+
+    Args:
+        asked: what generates the images.
+        reference: what to compare them with.
+        options: the protocol, and how it is run; its prompts are those of ``asked``.
+        repeats: sets of images, in place of the protocol's.
+        save_images: folder to keep the images in too.
 
     Raises:
         UserError: a pipeline, an input or a choice that does not work.
@@ -53,19 +51,12 @@ def gen(
         raise UserError(f"{protocol.name} scores images that are not rounded, which gen does not make")
     if save_images is not None:
         _save([], [], save_images)
-    traces = tracing(
-        pipeline,
-        steps=steps,
-        labels=labels,
-        prompts=options.prompts,
-        guidance_scale=guidance_scale,
-        trust_remote_code=trust_remote_code,
-    )
+    traces = tracing(asked)
     made = Generated(traces, protocol, options.batch_size, save_images)
     if options.features is not None and protocol.repeats > 1:
         raise UserError("--features keeps one set of images; add --repeats 1")
     found = [
-        run.measured(made.stream(number * protocol.samples), protocol.samples, pipeline)
+        run.measured(made.stream(number * protocol.samples), protocol.samples, asked.source)
         for number in range(protocol.repeats)
     ]
     metrics = {name: summed_up([each[name] for each in found], protocol) for name in found[0]}
@@ -74,7 +65,7 @@ def gen(
     seconds = sum(seconds for _, seconds in made.batches)
     cost = {"images_per_second": total / seconds, "generation_seconds": seconds, "peak_bytes": peak}
     saved = None if save_images is None else str(save_images)
-    return run.record(pipeline, metrics, cost=cost, steps=steps, saved=saved)
+    return run.record(asked.source, metrics, cost=cost, steps=asked.steps, saved=saved)
 
 
 class Generated:

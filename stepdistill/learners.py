@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import pkgutil
-from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any, cast
@@ -20,6 +18,7 @@ from .backbones.conditioned import Conditioned, time_embeddings
 from .config import Data, Optimizer, Stage, Training
 from .errors import UserError, first_line
 from .lora import add_lora
+from .quantization import check_quantized
 from .teacher import Teacher
 
 _OWN = {"adam": "torch.optim.Adam", "adamw": "torch.optim.AdamW"}
@@ -45,19 +44,6 @@ def networks(stage: Stage, teacher: Teacher, data: Data, student: nn.Module | No
             network = Conditioned(network, target=target, scale=scale)
         made[role] = network.requires_grad_(True)
     return made
-
-
-def quantized(teacher: Teacher, training: Training) -> Teacher:
-    """The teacher with a frozen network of its own in eight bits, where asked; the whole weights stay for the others.
-
-    Gradients to its input and forward mode pass through it.
-    """
-    if training.quantize_teacher is None:
-        return teacher
-    torchao: Any = importlib.import_module("torchao.quantization")
-    network = copy.deepcopy(teacher.network)
-    torchao.quantize_(network, torchao.Int8WeightOnlyConfig())
-    return replace(teacher, denoiser=replace(teacher.denoiser, network=network.requires_grad_(False)))
 
 
 def learning(network: nn.Module) -> list[nn.Parameter]:
@@ -138,8 +124,8 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
             "training.quantize_teacher and training.offload_teacher are for a teacher whose memory nobody shares; "
             f"adapters rest on it: remove training.lora of {', '.join(training.lora)}, or set teacher_dtype=bfloat16"
         )
-    if training.quantize_teacher and importlib.util.find_spec("torchao") is None:
-        raise UserError("training.quantize_teacher needs torchao; pip install stepdistill[quantize]")
+    if training.quantize_teacher:
+        check_quantized(network, training.quantize_teacher)
     if training.gradient_checkpointing and conditioned and len(time_embeddings(network)) > 1:
         raise UserError(
             "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,101 +32,67 @@ Traces = Callable[[Sequence[int]], Tensor]
 """What the calls for the given ids predict, ``(B, K, C, H, W)`` in [-1, 1]; the last of the K is the sample."""
 
 
-def sample(
-    source: str,
-    output: Path,
-    *,
-    count: int = 64,
-    steps: int | None = None,
-    first_id: int = 0,
-    batch_size: int = 64,
-    labels: tuple[int, ...] | None = None,
-    prompts: str | tuple[str, ...] | None = None,
-    guidance_scale: float = 1.0,
-    solver: Solver = "euler",
-    teacher_first: int = 0,
-    teacher: str | None = None,
-    trace: bool = False,
-    trust_remote_code: bool = False,
-) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What generates images, and what it is asked for."""
+
+    source: str
+    """An exported student's folder, or a teacher."""
+    steps: int | None = None
+    """Network calls of a teacher, 50 by default; with ``teacher_first`` those of the teacher's whole grid, as many as
+    the student's by default.  A student alone has its own number."""
+    labels: tuple[int, ...] | None = None
+    """Class labels to cycle through; all of them by default."""
+    prompts: str | tuple[str, ...] | None = None
+    """Prompts to cycle through, or a file of them; those of the student's recipe by default."""
+    guidance_scale: float = 1.0
+    """Of a teacher; a student has learned its own."""
+    solver: Solver = "euler"
+    """ODE solver of a teacher."""
+    teacher_first: int = 0
+    """Calls of the student that the teacher makes, see ``HybridSampler``."""
+    teacher: str | None = None
+    """Source of that teacher; the one in the student's model card by default."""
+    trace: bool = False
+    """Whether to see what every call predicts, in place of the sample alone."""
+    trust_remote_code: bool = False
+    """Run the pipeline file that a student comes with."""
+
+
+def sample(asked: Sampling, output: Path, *, count: int = 64, first_id: int = 0, batch_size: int = 64) -> Path:
     """Write ``count`` PNG files named by sample id; sample ``k`` does not depend on count or batch size.
 
     Args:
-        source: an exported student's folder, or a teacher.
+        asked: what generates them; a trace is one row of pictures per sample, in the folder ``{output}_trace``.
         output: folder to create; must not hold anything.
         count: number of samples.
-        steps: network calls of a teacher, 50 by default; with ``teacher_first`` those of the teacher's whole grid, as
-            many as the student's by default.  A student alone has its own number.
         first_id: id of the first sample.
         batch_size: samples at a time.
-        labels: class labels to cycle through; all of them by default.
-        prompts: prompts to cycle through, or a file of them; those of the student's recipe by default.
-        guidance_scale: of a teacher; a student has learned its own.
-        solver: ODE solver of a teacher.
-        teacher_first: calls of the student that the teacher makes, see ``HybridSampler``.
-        teacher: source of that teacher; the one in the student's model card by default.
-        trace: also write what every call predicts, as one row of pictures per sample, to the folder ``{output}_trace``.
-        trust_remote_code: run the pipeline file that a student comes with.
 
     Raises:
         UserError: no such pipeline, choices that do not go together, or a folder that holds something.
     """
-    pictures = output.with_name(f"{output.name}_trace") if trace else None
+    pictures = output.with_name(f"{output.name}_trace") if asked.trace else None
     _refuse_occupied(output, pictures)
-    traces = tracing(
-        source,
-        steps=steps,
-        labels=labels,
-        prompts=prompts,
-        guidance_scale=guidance_scale,
-        solver=solver,
-        teacher_first=teacher_first,
-        teacher=teacher,
-        trace=trace,
-        trust_remote_code=trust_remote_code,
-    )
-    _write(traces, range(first_id, first_id + count), batch_size, output, pictures)
+    _write(tracing(asked), range(first_id, first_id + count), batch_size, output, pictures)
     return output
 
 
-def tracing(
-    source: str,
-    *,
-    steps: int | None = None,
-    labels: tuple[int, ...] | None = None,
-    prompts: str | tuple[str, ...] | None = None,
-    guidance_scale: float = 1.0,
-    solver: Solver = "euler",
-    teacher_first: int = 0,
-    teacher: str | None = None,
-    trace: bool = False,
-    trust_remote_code: bool = False,
-) -> Traces:
-    """What generates the images of ``sample``, by their ids; arguments and errors are the same."""
-    if labels is not None and min(labels) < 0:
-        raise UserError(f"--labels must not be negative, got {list(labels)}")
-    is_student = (Path(source) / DESCRIPTION).is_file()
-    family = _family(source) if is_student else None
-    if family:
-        in_steps = bool(teacher_first or trace)
-        _refuse_for_student(source, family, labels, prompts, guidance_scale, in_steps=in_steps)
-    if guidance_scale < 0:
-        raise UserError(f"--guidance-scale must not be negative, got {guidance_scale}")
-    if teacher_first == 0 and teacher is not None:
-        raise UserError("--teacher is for --teacher-first only; give the number of its calls or remove it")
+def tracing(asked: Sampling) -> Traces:
+    """What generates the images.
+
+    Raises:
+        UserError: no such pipeline, or choices that do not go together.
+    """
+    is_student = (Path(asked.source) / DESCRIPTION).is_file()
+    family = _family(asked.source) if is_student else None
+    _check(asked, family)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if teacher_first:
-        if not is_student:
-            raise UserError(f"--teacher-first needs the folder of an exported student; {source} has no {DESCRIPTION}")
-        if solver != "euler":
-            raise UserError(f"--teacher-first goes in Euler (DDIM) steps; remove --solver {solver}")
-        return _hybrid(source, labels, device, teacher_first, teacher, steps)
+    if asked.teacher_first:
+        return _hybrid(asked, device)
     if family and family is not UNET2D:
-        return _placed(source, family, labels, prompts, device, trust_remote_code=trust_remote_code)
-    if family:
-        return _student(source, labels, device, trace, trust_remote_code=trust_remote_code)
-    asked = {"class_labels": labels, "prompts": prompts, "guidance_scale": guidance_scale}
-    return _teacher(source, asked, device, 50 if steps is None else steps, solver, trace)
+        return _placed(asked, family, device)
+    return _student(asked, device) if family else _teacher(asked, device)
 
 
 def _family(source: str) -> Family:
@@ -134,23 +101,31 @@ def _family(source: str) -> Family:
     return read_index(index, source, student=True)[1] if index.is_file() else UNET2D
 
 
-def _refuse_for_student(
-    source: str,
-    family: Family,
-    labels: tuple[int, ...] | None,
-    prompts: str | tuple[str, ...] | None,
-    guidance_scale: float,
-    *,
-    in_steps: bool,
-) -> None:
+def _check(asked: Sampling, family: Family | None) -> None:
+    """Refuse choices that do not go together; ``family`` is a student's, ``None`` a teacher."""
+    if asked.labels is not None and min(asked.labels) < 0:
+        raise UserError(f"--labels must not be negative, got {list(asked.labels)}")
+    if family:
+        _check_student(asked, family)
+    if asked.guidance_scale < 0:
+        raise UserError(f"--guidance-scale must not be negative, got {asked.guidance_scale}")
+    if asked.teacher_first == 0 and asked.teacher is not None:
+        raise UserError("--teacher is for --teacher-first only; give the number of its calls or remove it")
+    if asked.teacher_first and family is None:
+        raise UserError(f"--teacher-first needs the folder of an exported student; {asked.source} has no {DESCRIPTION}")
+    if asked.teacher_first and asked.solver != "euler":
+        raise UserError(f"--teacher-first goes in Euler (DDIM) steps; remove --solver {asked.solver}")
+
+
+def _check_student(asked: Sampling, family: Family) -> None:
     reads = family.encode is not None
-    if guidance_scale != 1:
+    if asked.guidance_scale != 1:
         raise UserError("--guidance-scale is for a teacher; a student has learned its own")
-    if prompts is not None and not reads:
-        raise UserError(f"{source} reads no prompts; remove --prompt")
-    if labels is not None and reads:
-        raise UserError(f"{source} reads prompts; remove --labels")
-    if in_steps and family is not UNET2D:
+    if asked.prompts is not None and not reads:
+        raise UserError(f"{asked.source} reads no prompts; remove --prompt")
+    if asked.labels is not None and reads:
+        raise UserError(f"{asked.source} reads prompts; remove --labels")
+    if (asked.teacher_first or asked.trace) and family is not UNET2D:
         raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE")
 
 
@@ -175,12 +150,10 @@ def _write(traces: Traces, ids: range, batch_size: int, output: Path, pictures: 
             bar.update(len(batch))
 
 
-def _student(
-    source: str, labels: tuple[int, ...] | None, device: torch.device, trace: bool, *, trust_remote_code: bool
-) -> Traces:
+def _student(asked: Sampling, device: torch.device) -> Traces:
     """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
-    pipeline, sampler, *_ = exported(source, device, trust_remote_code=trust_remote_code)
-    data, calls = _draws(source, pipeline.unet, labels, device), len(sampler.times)
+    pipeline, sampler, *_ = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
+    data, calls = _draws(asked, pipeline.unet, device), len(sampler.times)
 
     def images(ids: Sequence[int]) -> Tensor:
         generators = SampleNoise(ids, data.shape).generators
@@ -189,7 +162,7 @@ def _student(
         ).images
         return torch.from_numpy(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
-    if not trace or calls == 1:
+    if not asked.trace or calls == 1:
         return images
     denoiser, sampler = few_step(pipeline, sampler)
 
@@ -200,25 +173,17 @@ def _student(
     return predictions
 
 
-def _placed(
-    source: str,
-    family: Family,
-    labels: tuple[int, ...] | None,
-    prompts: str | tuple[str, ...] | None,
-    device: torch.device,
-    *,
-    trust_remote_code: bool,
-) -> Traces:
+def _placed(asked: Sampling, family: Family, device: torch.device) -> Traces:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
-    student = exported(source, device, trust_remote_code=trust_remote_code)
-    data = recipe(Path(source) / "README.md").get("data", {})
+    student = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
+    data = recipe(Path(asked.source) / "README.md").get("data", {})
     if family.encode:
-        prompts = prompts or data.get("prompts")
+        prompts = asked.prompts or data.get("prompts")
         if prompts is None:
-            raise UserError(f"{source} reads prompts, and its card names none; give --prompts")
+            raise UserError(f"{asked.source} reads prompts, and its card names none; give --prompts")
         every: list[Any] = read_prompts(prompts)
     else:
-        given = labels or data.get("class_labels")
+        given = asked.labels or data.get("class_labels")
         every = list(given) if isinstance(given, tuple | list) else list(range(1000))
 
     def images(ids: Sequence[int]) -> Tensor:
@@ -233,14 +198,11 @@ def _placed(
     return images
 
 
-def _teacher(
-    source: str, asked: dict[str, Any], device: torch.device, steps: int, solver: Solver, trace: bool
-) -> Traces:
-    """A teacher's ODE in ``steps`` steps."""
-    teacher = load_teacher(source)
-    if teacher.classes is not None and asked["class_labels"] is None:
-        asked = {**asked, "class_labels": "uniform"}
-    told = Data(**asked)
+def _teacher(asked: Sampling, device: torch.device) -> Traces:
+    """A teacher's ODE."""
+    teacher, steps = load_teacher(asked.source), 50 if asked.steps is None else asked.steps
+    labels = "uniform" if teacher.classes is not None and asked.labels is None else asked.labels
+    told = Data(class_labels=labels, prompts=asked.prompts, guidance_scale=asked.guidance_scale)
     data, decode = data_free(teacher, told, device), Decoder(teacher)
     try:
         teacher_grid(teacher.denoiser.process, steps)
@@ -251,26 +213,20 @@ def _teacher(
 
     def traces(ids: Sequence[int]) -> Tensor:
         noise = SampleNoise(ids, data.shape, device=device)()
-        if trace:
-            seen = trace_x0(trace_ode(denoiser, noise, steps, data.cond(ids), solver=solver))
+        if asked.trace:
+            seen = trace_x0(trace_ode(denoiser, noise, steps, data.cond(ids), solver=asked.solver))
             return torch.stack([decode(each) for each in seen.unbind(1)], dim=1)
-        return decode(sample_ode(denoiser, noise, steps, data.cond(ids), solver=solver))[:, None]
+        return decode(sample_ode(denoiser, noise, steps, data.cond(ids), solver=asked.solver))[:, None]
 
     return traces
 
 
-def _hybrid(
-    source: str,
-    labels: tuple[int, ...] | None,
-    device: torch.device,
-    teacher_first: int,
-    teacher_source: str | None,
-    steps: int | None,
-) -> Traces:
+def _hybrid(asked: Sampling, device: torch.device) -> Traces:
     """The teacher's first steps, then the student's calls."""
+    source = asked.source
     pipeline, recorded, label, _ = exported(source, device)
-    data = _draws(source, pipeline.unet, labels, device)
-    teacher, guided = teacher_of(source, teacher_source, device)
+    data = _draws(asked, pipeline.unet, device)
+    teacher, guided = teacher_of(source, asked.teacher, device)
     if (teacher.sample_shape, teacher.classes) != (data.shape, pipeline.unet.config["num_class_embeds"]):
         raise UserError(f"{teacher.source} and {source} differ in the size of a sample or the number of classes")
     if len(recorded.times) == 1:
@@ -278,7 +234,7 @@ def _hybrid(
     else:
         student, recorded = few_step(pipeline, recorded)
     try:
-        sampler = HybridSampler(recorded, teacher_first, steps)
+        sampler = HybridSampler(recorded, asked.teacher_first, asked.steps)
         sampler.check(student.process)
     except ValueError as error:
         raise UserError(f"--teacher-first: {error}") from None
@@ -294,7 +250,7 @@ def _hybrid(
     return traces
 
 
-def _draws(source: str, unet: UNet2DModel, labels: tuple[int, ...] | None, device: torch.device) -> DataFree:
+def _draws(asked: Sampling, unet: UNet2DModel, device: torch.device) -> DataFree:
     classes = unet.config["num_class_embeds"]
-    asked = Data(class_labels=labels if labels is not None else "uniform" if classes is not None else None)
-    return draws(square(unet.config), class_labels(source, classes, asked), device)
+    told = Data(class_labels=asked.labels or (None if classes is None else "uniform"))
+    return draws(square(unet.config), class_labels(asked.source, classes, told), device)

@@ -77,6 +77,7 @@ class Trainer:
         self.progress = Progress()
         self.learners: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
+        teacher = replace(teacher, at_once=training.frozen_batch_size)
         self.frozen: dict[str, Denoiser] = {"teacher": teacher}
         bare = replace(teacher, guidance=None)
         for role, network in networks.items():
@@ -104,7 +105,11 @@ class Trainer:
             _, hook = cpu_offload_with_hook(teacher.network, accelerator.device)
             self._teacher_away = hook.offload
         self.nets: dict[str, Nets] = {
-            role: {**self.frozen, role: replace(self.frozen[role], network=learner), "still": self.frozen[role]}
+            role: {
+                **self.frozen,
+                role: replace(self.frozen[role], network=learner, at_once=None),
+                "still": self.frozen[role],
+            }
             for role, learner in self.learners.items()
         }
         self.student = accelerator.unwrap_model(self.learners["student"])

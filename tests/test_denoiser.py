@@ -187,6 +187,18 @@ def test_every_sample_may_have_its_own_guidance_scale():
     exactly(together, torch.stack(alone))
 
 
+@pytest.mark.parametrize("two_passes", [False, True])
+def test_a_network_that_takes_few_rows_at_once_answers_as_one_that_takes_all(two_passes):
+    x, whole = truth()[0], guided(2.5)
+    assert whole.guidance is not None
+    few = replace(guided(2.5), guidance=replace(whole.guidance, two_passes=two_passes), at_once=2)
+    exactly(few(x, TIMES, COND).x0, whole(x, TIMES, COND).x0)
+    assert [len(asked) for asked, _ in asked_of(few)] == ([2, 2, 1] * 2 if two_passes else [2] * 5)
+    velocity = torch.ones_like(x)
+    slopes = [torch.func.jvp(lambda x, d=d: d(x, TIMES, COND).x0, (x,), (velocity,))[1] for d in (few, whole)]
+    exactly(*slopes)
+
+
 def test_guidance_acts_within_its_interval_only():
     x = truth()[0]
     within = guided(3.0, interval=(TIMES[1].item(), TIMES[3].item()))(x, TIMES, COND).x0

@@ -1,7 +1,6 @@
 """A dry run: every recipe at paper scale is accepted, and what it says of memory and operations is what happens."""
 
 import functools
-import importlib.util
 
 import architectures
 import families
@@ -11,11 +10,10 @@ from torch import nn
 
 from stepdistill.__main__ import main
 from stepdistill.bundled import bundled_configs
-from stepdistill.config import Config, Training
+from stepdistill.config import Config
 from stepdistill.distill import Run
 from stepdistill.dry_run import META, Step, dry_run, measured, rehearse, role_of
 from stepdistill.errors import UserError
-from stepdistill.learners import quantized
 from stepdistill.preflight import checked
 from stepdistill.prompts import encode
 from stepdistill.recipe import parse
@@ -171,14 +169,3 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, prompts):
     )
     with pytest.raises(UserError, match="makes latents"):
         dry_run(wrong)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-def test_a_quantized_teacher_is_counted_in_the_bytes_that_it_has(tmp_path):
-    teacher = load_teacher(str(families.build("sd3", tmp_path / "sd3")))
-    training = Training(quantize_teacher="int8")
-    light = quantized(teacher, training).denoiser.network
-    linear = [module for module in teacher.network.modules() if isinstance(module, torch.nn.Linear)]
-    saved = sum(3 * each.weight.numel() - 4 * each.out_features for each in linear)  # a float32 scale per row
-    whole, eight = (role_of(network, "teacher", training).resident for network in (teacher.network, light))
-    assert abs(whole - eight - saved) < 0.02 * whole

@@ -24,7 +24,7 @@ from stepdistill.distill import Run, distill
 from stepdistill.errors import UserError
 from stepdistill.process import VP
 from stepdistill.recipe import parse
-from stepdistill.sample import sample
+from stepdistill.sample import Sampling, sample
 from stepdistill.teacher import Teacher, load_teacher
 
 TABLE = VP(torch.linspace(0.999, 0.01, 100).double())
@@ -198,5 +198,5 @@ def test_a_hybrid_of_a_student_of_a_range_takes_the_middle(teachers, tmp_path):
     student = distill(
         recipe(teachers("consistency"), tmp_path / "run", {"name": "sid", "steps": 2, "input": "unit"}, **asked)
     )
-    sample(str(student), tmp_path / "images", count=2, labels=(0, 1), teacher_first=1)
+    sample(Sampling(source=str(student), labels=(0, 1), teacher_first=1), tmp_path / "images", count=2)
     assert len(list((tmp_path / "images").iterdir())) == 2

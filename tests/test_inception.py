@@ -16,7 +16,9 @@ from torchvision.models import inception_v3
 from stepdistill.errors import UserError
 from stepdistill.metrics.base import Extractor, Features
 from stepdistill.metrics.extractors import load_extractor
-from stepdistill.metrics.network import FrozenNetwork, full_precision, pillow_bicubic
+from stepdistill.metrics.network import FrozenNetwork
+from stepdistill.metrics.precision import full_precision
+from stepdistill.metrics.resampling import resize
 
 
 @pytest.fixture(scope="module")
@@ -181,5 +183,5 @@ def test_images_that_are_not_rgb_are_refused(shape):
 
 def test_float_images_are_not_resized_as_if_they_were_bytes():
     with pytest.raises(UserError, match=r"only uint8 images can be resized to 4x2 here, got torch\.float32"):
-        pillow_bicubic(torch.zeros(1, 3, 8, 8), 2, 4)
-    assert pillow_bicubic(torch.zeros(1, 3, 8, 8), 8, 8).dtype == torch.float32
+        resize(torch.zeros(1, 3, 8, 8), "bicubic", 2, 4)
+    assert resize(torch.zeros(1, 3, 8, 8), "bicubic", 8, 8).dtype == torch.float32

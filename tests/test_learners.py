@@ -1,6 +1,5 @@
 """Memory and speed settings: they do what they say and change no value."""
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -9,18 +8,14 @@ from accelerate.hooks import UserCpuOffloadHook
 from conftest import tiny_unet
 from families import build
 from safetensors.torch import load_file
-from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepdistill import outcome, prompts
 from stepdistill.__main__ import main
 from stepdistill.backbones.conditioned import Conditioned
 from stepdistill.bundled import bundled_configs
-from stepdistill.config import Config, Optimizer, Training
-from stepdistill.distill import distill
+from stepdistill.config import Optimizer, Training
 from stepdistill.errors import UserError
-from stepdistill.learners import check_learners, optimizer_of, quantized, tune
-from stepdistill.teacher import Teacher, load_teacher
+from stepdistill.learners import check_learners, optimizer_of, tune
+from stepdistill.teacher import load_teacher
 
 OTHERS = ("digits_sid_long", "digits_text_sid", "digits_text_swiftbrush", "digits_text_sid_few_step")
 RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and name not in OTHERS]
@@ -165,61 +160,9 @@ def test_a_teacher_that_waits_on_the_cpu_gives_the_same_student(recipe, teachers
     assert len(sent) == {"digits_sid": 4, "digits_boot": 2}[recipe], "after every turn"
 
 
-@pytest.fixture(scope="module")
-def transformer(tmp_path_factory):
-    return load_teacher(str(build("sd3", tmp_path_factory.mktemp("sd3"))))
-
-
-INT8 = Training(quantize_teacher="int8")
-with_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-
-
 def told(teacher):
     shapes = teacher.family.told(teacher.network.config)
     return {key: torch.randn(2, *((7, shape[1]) if len(shape) == 2 else shape)) for key, shape in shapes.items()}
-
-
-@with_torchao
-def test_a_quantized_teacher_is_nearly_the_teacher_and_leaves_the_whole_weights(transformer):
-    before = {key: value.clone() for key, value in transformer.network.state_dict().items()}
-    light = quantized(transformer, INT8)
-    assert any(type(p).__name__ == "Int8Tensor" for p in light.denoiser.network.parameters())
-    x, t, cond = torch.randn(2, *transformer.sample_shape), torch.tensor([0.3, 0.8]), told(transformer)
-    whole, eight = (teacher.denoiser(x, t, cond).x0 for teacher in (transformer, light))
-    assert 0 < (whole - eight).norm() / whole.norm() < 0.02
-    assert all(torch.equal(value, before[key]) for key, value in transformer.network.state_dict().items())
-
-
-@with_torchao
-def test_gradients_and_forward_mode_pass_through_a_quantized_teacher(transformer):
-    x, t, cond = torch.randn(2, *transformer.sample_shape), torch.tensor([0.3, 0.8]), told(transformer)
-    tangent, gradients, slopes = torch.randn_like(x), [], []
-    for teacher in (transformer, quantized(transformer, INT8)):
-        at = x.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(teacher.denoiser(at, t, cond).x0.square().sum(), at)
-        gradients.append(gradient)
-        with sdpa_kernel(SDPBackend.MATH):
-            slopes.append(jvp(lambda x: teacher.denoiser(x, t, cond).x0, (x,), (tangent,))[1])  # noqa: B023
-    for whole, eight in (gradients, slopes):
-        assert (whole - eight).norm() / whole.norm() < 0.03
-
-
-@with_torchao
-def test_a_run_with_a_quantized_teacher_trains_whole_networks(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "CACHE", tmp_path / "prompts")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
-    values = {
-        "teacher": str(build("sd3", tmp_path / "sd3")),
-        "output_dir": str(tmp_path / "run"),
-        "steps": 2,
-        "method": {"name": "sid", "init_ratio": float("inf"), "input": "unit"},
-        "data": {"prompts": ["a cat"], "guidance_scale": 3.0},
-        "training": {"batch_size": 2, "trackers": [], "quantize_teacher": "int8"},
-    }
-    folder = distill(Config.model_validate(values))
-    weights = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
 def test_an_attention_backend_that_computes_the_same_changes_nothing(tmp_path):
@@ -252,15 +195,3 @@ def test_an_attention_backend_that_computes_the_same_changes_nothing(tmp_path):
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         check_learners(tiny_unet(), Training.model_validate(settings), conditioned=False)
-
-
-def test_torchao_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs torchao; pip install"):
-        check_learners(tiny_unet(), INT8, conditioned=False)
-
-
-def test_an_attention_backend_that_is_not_installed_is_said_so(tmp_path):
-    teacher = load_teacher(str(build("flux", tmp_path / "flux")), resolution=16, weights=False)
-    with pytest.raises(UserError, match=r"training.attention: .*not usable"):
-        check_learners(teacher.network, Training(attention="sage"), conditioned=False)

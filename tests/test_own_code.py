@@ -27,7 +27,7 @@ from stepdistill.hosting import plan
 from stepdistill.methods import SiD
 from stepdistill.own_code import code_of
 from stepdistill.process import VE, VP, Flow, NoiseProcess
-from stepdistill.sample import sample
+from stepdistill.sample import Sampling, sample
 from stepdistill.samplers import SampleNoise, StudentSampler
 from stepdistill.teacher import Teacher, load_teacher
 
@@ -132,8 +132,8 @@ def test_plain_calls_of_every_family_are_right(name, tmp_path, monkeypatch, caps
     assert space["image"].size
     if sole:
         with pytest.raises(UserError, match="--trust-remote-code"):
-            sample(str(folder), tmp_path / "images", count=2)
-        sample(str(folder), tmp_path / "images", count=2, trust_remote_code=True)
+            sample(Sampling(source=str(folder)), tmp_path / "images", count=2)
+        sample(Sampling(source=str(folder), trust_remote_code=True), tmp_path / "images", count=2)
         assert len(list((tmp_path / "images").iterdir())) == 2
 
 

@@ -125,6 +125,24 @@ def test_accumulated_micro_batches_are_one_large_batch():
     assert small.images_per_step == 16
 
 
+@pytest.mark.parametrize("method", METHODS, ids=["sid", "sid-joint", "boot"])
+def test_frozen_networks_in_parts_teach_the_same(method):
+    plain = Optimizer(lr=1e-2, eps=1.0)
+    whole, parts = build(method, optimizer=plain), build(method, optimizer=plain, frozen_batch_size=3)
+    rows = []
+    for role in parts.frozen:
+        parts.frozen[role].network.register_forward_pre_hook(lambda network, given: rows.append(len(given[0])))
+    start = weights(whole.student)
+    for trainer in (whole, parts):
+        torch.manual_seed(1)
+        trainer.step()
+        trainer.step()
+    moved = weights(whole.student) - start
+    assert moved.abs().max() > 1e-6
+    assert max(rows) == 3
+    torch.testing.assert_close(weights(parts.student) - start, moved, atol=1e-7, rtol=1e-3)
+
+
 def test_gradient_is_clipped_to_the_global_norm():
     trainer = build(Regression(), max_grad_norm=1e-3, optimizer=Optimizer(lr=1.0))
     norms = []

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from .base import Features
-from .network import FrozenNetwork, full_precision, pillow_bicubic
+from .network import FrozenNetwork
+from .precision import full_precision
+from .resampling import crop, resize
 from .weights import Weights
 
 ARCHITECTURES = {
@@ -183,9 +185,7 @@ def centred(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[2:]
     short = min(height, width)
     height, width = int(size * height / short), int(size * width / short)  # torchvision rounds the long side down.
-    images = pillow_bicubic(images, height, width)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return images[..., top : top + size, left : left + size]
+    return crop(resize(images, "bicubic", height, width), size)
 
 
 def _is_plain(config: dict[str, Any]) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import UserError, first_line
 from .base import Features
-from .network import FrozenNetwork, pillow_bicubic
+from .network import FrozenNetwork
+from .resampling import resize
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class DinoV2Pillow(_DinoV2):
     name = "dinov2-vit-l-14-pillow"
 
     def _features(self, images: Tensor) -> Features:
-        return self._token(pillow_bicubic(images, SIZE, SIZE))
+        return self._token(resize(images, "bicubic", SIZE, SIZE))
 
 
 def _load(weights: Weights, device: torch.device | str) -> Dinov2Model:

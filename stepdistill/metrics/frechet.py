@@ -10,25 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-
-GROUPS = 10
-"""Groups of the delete-a-group jackknife, see ``group_of``."""
-
-MIN_SAMPLES = 2 * GROUPS
-"""Fewest samples on either side: two in every group, so that each has a spread and deleting one leaves a covariance."""
-
-
-def group_of(ids: Tensor) -> Tensor:
-    """Jackknife group ``(N,)`` of the samples ``ids (N,)``, int64.
-
-    Every ten consecutive samples fall into ten groups, rotated by a hash of their position.  Without the rotation,
-    labels dealt out as ``id % 10`` would make each group a class, and deleting one would not be leaving out a tenth.
-    """
-    # The finaliser of MurmurHash3 on 32 bits; its products stay below 2^63.
-    turn = ids // GROUPS
-    turn = (turn ^ (turn >> 16)) * 0x7FEB352D & 0xFFFFFFFF
-    turn = (turn ^ (turn >> 15)) * 0x45D9F3B & 0xFFFFFFFF
-    return (ids + (turn ^ (turn >> 16))) % GROUPS
+from .jackknife import GROUPS, MIN_SAMPLES, group_of, jackknife
 
 
 @dataclass(frozen=True)
@@ -142,10 +124,5 @@ def frechet_distance(sums: FeatureSums, reference: Reference, *, ddof: int = 1) 
         raise UserError(f"at least {MIN_SAMPLES} images are needed, got {n}")
     value = reference.distance(sums.moments(ddof=ddof))
     parts = [reference.distance(sums.moments(g, ddof)) for g in range(GROUPS)]
-    centre = sum(parts) / GROUPS
-    return FrechetDistance(
-        value=value,
-        se=math.sqrt((GROUPS - 1) / GROUPS * sum((part - centre) ** 2 for part in parts)),
-        debiased=GROUPS * value - (GROUPS - 1) * centre if n >= 5 * dimension else None,
-        n=n,
-    )
+    found = jackknife(value, parts)
+    return FrechetDistance(value, found.se, found.debiased if n >= 5 * dimension else None, n)

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..errors import UserError
 from .base import Value
 from .feature_sets import check_comparable, check_features
-from .frechet import MIN_SAMPLES, FeatureSums, FrechetDistance, Reference, frechet_distance, moments_of
+from .frechet import FeatureSums, FrechetDistance, Reference, frechet_distance, moments_of
+from .jackknife import MIN_SAMPLES
 
 
 def frechet_influence(features: Tensor, reference: Reference, *, block: int = 4096) -> Tensor:

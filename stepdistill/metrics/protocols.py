@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from ..errors import UserError
+from .resampling import check_steps
 
 METRICS = ("fid", "kid", "fd-dinov2", "clip-fid", "cmmd", "prdc", "is", "clip", "diversity", "vendi")
 PARTS = {"prdc": ("precision", "recall", "density", "coverage")}
@@ -39,12 +40,8 @@ LABELS = {
 Groups of the jackknife are every tenth sample: were ``k mod C`` the class, leaving a group out would leave classes out.
 """
 SUMMARIES = ("mean", "min")
-PREPARE = "center-crop | crop N | KIND N | KIND-float N | short-KIND N, with KIND lanczos, bicubic, bilinear or box"
-"""Grammar of a step between the stored image and the network."""
 SEEDS = "sample k of repeat r has its own CPU generator, seeded with samples * r + k"
 
-_STEP = re.compile(r"center-crop|crop [1-9]\d*|(short-)?(lanczos|bicubic|bilinear|box) [1-9]\d*")
-_FLOAT_STEP = re.compile(r"(lanczos|bicubic|bilinear|box)-float [1-9]\d*")
 _FILE_FORM = re.compile(r"memory|png|jpeg ([1-9]\d?|100)")
 
 
@@ -63,7 +60,7 @@ class Protocol:
     extractor: str
     """Network of fid, kid, prdc, is, diversity and vendi; of ``EXTRACTORS``."""
     prepare: tuple[str, ...] = ()
-    """Steps from the stored image to that network, generated and real alike; ``PREPARE`` is their grammar."""
+    """Steps from the stored image to that network, generated and real alike; see ``resampling.prepare``."""
     dinov2: str = "dinov2-vit-l-14"
     """Network of fd-dinov2: resized on the device (``dinov2-vit-l-14``) or by Pillow (``dinov2-vit-l-14-pillow``)."""
     quantisation: str = "round"
@@ -142,7 +139,7 @@ class Protocol:
         A float resize is the last step to the main network alone; others take the image as it was before and
         resize it themselves.
         """
-        whole = tuple(step for step in self.prepare if not _FLOAT_STEP.fullmatch(step))
+        whole = tuple(step for step in self.prepare if "-float " not in step)
         others = {
             "fd-dinov2": (self.dinov2, whole),
             "clip-fid": ("clip-vit-b-32", whole),
@@ -193,9 +190,12 @@ def _one_of(field: str, allowed: tuple[str, ...], values: tuple[str, ...] | list
 
 
 def _steps(steps: tuple[str, ...]) -> None:
-    for place, step in enumerate(steps, start=1):
-        if not (_STEP.fullmatch(step) or (_FLOAT_STEP.fullmatch(step) and place == len(steps))):
-            raise UserError(f"a step is {PREPARE}; float only as the last; got {step!r} in {list(steps)}")
+    try:
+        check_steps(steps)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if any("-float " in step for step in steps[:-1]):
+        raise UserError(f"steps of a protocol are float only as the last, got {list(steps)}")
 
 
 def _spelled(value: object) -> str:

@@ -9,8 +9,7 @@ level; here it stays, so that a protocol means one thing under every Pillow.  On
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..images import to_picture
+from .precision import full_precision
 
 KINDS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -28,7 +28,7 @@ KINDS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 """Filters, as Pillow names and defines them; all antialias."""
-GRAMMAR = f"center-crop | crop N | KIND N | short-KIND N | KIND-float N, with KIND one of {', '.join(KINDS)}, N > 0"
+GRAMMAR = f"center-crop | crop N | KIND N | KIND-float N | short-KIND N, with KIND one of {', '.join(KINDS)}, N > 0"
 """What a step may be; after ``KIND-float``, nothing resizes."""
 
 _KIND = "|".join(KINDS)
@@ -108,17 +108,22 @@ def _apply(images: Tensor, step: str) -> Tensor:
     assert match is not None  # check_steps has seen it.
     height, width = images.shape[-2:]
     if match[1]:
-        return _crop(images, min(height, width))
+        return crop(images, min(height, width))
     size = int(match[6])
     if match[2]:
-        return _crop(images, size)
+        return crop(images, size)
     if match[3]:
         short = min(height, width)
-        return _resize(images, match[4], size * height // short, size * width // short, rounded=True)
-    return _resize(images, match[4] or match[5], size, size, rounded=match[5] is None)
+        return resize(images, match[4], size * height // short, size * width // short)
+    return resize(images, match[4] or match[5], size, size, rounded=match[5] is None)
 
 
-def _crop(images: Tensor, size: int) -> Tensor:
+def crop(images: Tensor, size: int) -> Tensor:
+    """The centre ``(..., size, size)``, placed as torchvision does.
+
+    Raises:
+        UserError: an image is smaller.
+    """
     height, width = images.shape[-2:]
     if min(height, width) < size:
         raise UserError(f"images of {width}x{height} are too small to crop {size}x{size} from; resize them first")
@@ -127,9 +132,16 @@ def _crop(images: Tensor, size: int) -> Tensor:
     return images[..., top : top + size, left : left + size]
 
 
-def _resize(images: Tensor, kind: str, height: int, width: int, *, rounded: bool) -> Tensor:
+def resize(images: Tensor, kind: str, height: int, width: int, *, rounded: bool = True) -> Tensor:
+    """``(B, C, H, W)`` by Pillow's filter ``kind``, uint8 where ``rounded`` and float32 in [0, 255] otherwise.
+
+    Raises:
+        UserError: images that are not bytes, which Pillow would resize otherwise.
+    """
     if images.shape[-2:] == (height, width):
         return images if rounded else images.float()
+    if images.dtype != torch.uint8:
+        raise UserError(f"only uint8 images can be resized to {width}x{height} here, got {images.dtype}")
     # On one thread of a CPU the products take 2 to 7 times as long as Pillow.
     by = _by_pillow if images.device.type == "cpu" else _by_products
     return by(images, kind, height, width, rounded=rounded)
@@ -149,7 +161,7 @@ def _by_pillow(images: Tensor, kind: str, height: int, width: int, *, rounded: b
 
 
 def _by_products(images: Tensor, kind: str, height: int, width: int, *, rounded: bool) -> Tensor:
-    with torch.autocast(images.device.type, enabled=False), _no_tf32():
+    with full_precision(images.device):
         x = images.float()
         for size in (width, height):
             if rounded:
@@ -207,21 +219,3 @@ def _filter(kind: str, x: np.ndarray) -> np.ndarray:
         return np.maximum(1 - x, 0)
     near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)  # Keys's cubic with a = -1/2.
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-@contextmanager
-def _no_tf32() -> Iterator[None]:
-    """Float32 products in full on CUDA, whatever the process has chosen, which is restored."""
-    matmul = torch.backends.cuda.matmul
-    if torch.__version__ < "2.9":  # The older setting must not be mixed with the newer one.
-        before, matmul.allow_tf32 = matmul.allow_tf32, False
-        try:
-            yield
-        finally:
-            matmul.allow_tf32 = before
-    else:
-        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
