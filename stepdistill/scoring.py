@@ -55,10 +55,6 @@ class Options:
     """Folder where features are kept, so that a killed run is continued and two runs can be compared."""
     skip_broken: bool = False
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 0:
-            raise UserError(f"--batch-size is 1 or more, --workers 0 or more, got {self.batch_size} and {self.workers}")
-
 
 class Run:
     """One protocol, its networks, its reference, and what was noted on the way."""

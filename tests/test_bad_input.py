@@ -263,9 +263,6 @@ def test_encoded_prompts_that_cannot_be_kept_are_an_error_that_names_the_file(tm
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("calc", "builtin:digits", "builtin:digits", "--batch-size", 0), "--batch-size is 1 or more"),
-        (("calc", "builtin:digits", "builtin:digits", "--workers", -1), "--workers 0 or more"),
-        (("calc", "builtin:digits", "builtin:digits", "--num", 0), "samples"),
         (("calc", "builtin:digits", "builtin:digits", "--metrics", "fid,"), "metric is one of"),
         (("ref", "builtin:digits", "--preset", "digits", "--out", "nowhere/ref.npz"), "in a folder that exists"),
         (("ref", "builtin:digits", "--preset", "digits", "--out", "ref.pkl"), "see `convert` for .pkl"),
@@ -278,3 +275,14 @@ def test_impossible_requests_are_refused_before_any_work(arguments, said, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert said in refused(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [("--batch-size", 0, "at least 1"), ("--workers", -1, "not be negative"), ("--num", 0, "at least 1")],
+)
+def test_impossible_numbers_are_wrong_usage(flag, value, said, capsys):
+    code, out, err = run(capsys, "calc", "builtin:digits", "builtin:digits", flag, value)
+    assert (code, out) == (2, "")
+    assert f"argument {flag}: must" in err.splitlines()[-1]
+    assert said in err.splitlines()[-1]
