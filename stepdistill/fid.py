@@ -58,9 +58,9 @@ def _ref(told: argparse.Namespace) -> int:
 
 
 def _compare(told: argparse.Namespace) -> int:
-    from .scoring import compare
+    from .comparing import compare
 
-    return _show(compare(told.a, told.b, _options(told)), told)
+    return _show(compare(told.a, told.b, _options(told), plot=told.plot), told)
 
 
 def _convert(told: argparse.Namespace) -> int:
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "difference of two runs on common seeds", "compare features_a features_b")
     compare.add_argument("a", type=Path, metavar="A", help="--features folder of one run")
     compare.add_argument("b", type=Path, metavar="B", help="of the other")
+    compare.add_argument("--plot", type=Path, metavar="PNG", help="draw the samples on which they agree best and worst")
     for made in (calc, gen, ref, compare):
         _shared(made)
     convert = command("convert", _convert, "rewrite statistics in another form", "convert img64.pkl img64.npz")

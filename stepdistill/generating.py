@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def gen(
     if protocol.quantisation == "none":
         raise UserError(f"{protocol.name} scores images that are not rounded, which gen does not make")
     if save_images is not None:
-        save_images.mkdir(parents=True, exist_ok=True)
+        _save([], [], save_images)
     traces = tracing(asked)
     made = Generated(traces, protocol, options.batch_size, save_images)
     if options.features is not None and protocol.repeats > 1:
@@ -62,7 +64,8 @@ def gen(
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
     seconds = sum(seconds for _, seconds in made.batches)
     cost = {"images_per_second": total / seconds, "generation_seconds": seconds, "peak_bytes": peak}
-    return run.record(asked.source, metrics, cost=cost, steps=asked.steps)
+    saved = None if save_images is None else str(save_images)
+    return run.record(asked.source, metrics, cost=cost, steps=asked.steps, saved=saved)
 
 
 class Generated:
@@ -88,9 +91,21 @@ class Generated:
         pixels = stored(self.traces(ids)[:, -1], self.protocol)
         self.batches.append((len(ids), time.perf_counter() - began))
         if self.folder is not None:
-            for k, image in zip(ids, pixels, strict=True):
-                to_picture(image).save(self.folder / f"{k:06d}.png", compress_level=1)
+            _save(ids, pixels, self.folder)
         return [image.expand(3, -1, -1) for image in pixels]
+
+
+def _save(ids: Sequence[int], pixels: Iterable[Tensor], folder: Path) -> None:
+    temporary = folder / f"{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, image in zip(ids, pixels, strict=True):
+            to_picture(image).save(temporary, "PNG", compress_level=1)
+            temporary.replace(folder / f"{k:06d}.png")
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write images to {folder}: {error.strerror or error}") from None
 
 
 def _rss() -> int:

@@ -9,6 +9,7 @@ import os
 import socket
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def encode(
     Text encoders are loaded for this alone; what they say is kept in ``CACHE`` and read from there the next time.
 
     Raises:
-        UserError: the text encoders cannot be read, or the kept file cannot.
+        UserError: the text encoders cannot be read, or the kept file cannot be read or written.
     """
     path = CACHE / f"{_fingerprint(teacher, prompts, negative)}.safetensors"
     if path.is_file():
@@ -102,10 +103,15 @@ def encode(
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read the encoded prompts in {path}: {error}; delete the file") from None
     made, null = _encode(teacher, prompts, negative, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    save_file({**_plain(made), **{_NULL + key: value for key, value in _plain(null).items()}}, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({**_plain(made), **{_NULL + key: value for key, value in _plain(null).items()}}, temporary)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write the encoded prompts to {path}: {first_line(error)}") from None
     return made, null
 
 

@@ -6,14 +6,13 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .errors import UserError
 from .metrics import score
@@ -21,14 +20,13 @@ from .metrics.base import Extractor, Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.extractors import load_extractor
 from .metrics.forms import Statistics
-from .metrics.influence import paired_difference, paired_mean_difference
 from .metrics.presets import protocol as preset
-from .metrics.protocols import CLASSIFIERS, Protocol
-from .metrics.ranks import device_of_rank, rank_and_world
+from .metrics.protocols import CLASSIFIERS
+from .metrics.ranks import device_of_rank, gathered, rank_and_world
 from .metrics.score import FRECHET, SINGLE, Collected, Network, References, Stream, collect, reader
 from .metrics.sources import open_source
 from .metrics.statistics import read_statistics, write_statistics
-from .metrics.store import FeatureStore, Manifest, read_manifest
+from .metrics.store import FeatureStore, Manifest
 from .metrics.weights import find_weights
 
 RUN = "run.json"
@@ -62,9 +60,17 @@ class Run:
     """One protocol, its networks, its reference, and what was noted on the way."""
 
     def __init__(
-        self, options: Options, reference: str, changes: dict[str, object], device: torch.device | None = None
+        self,
+        options: Options,
+        reference: str,
+        changes: dict[str, object],
+        device: torch.device | None = None,
+        *,
+        images: int | None = None,
     ) -> None:
         self.options, self.reference, self.device = options, reference, device or device_of_rank()
+        self.images = images
+        """How many there are, of which some may be asked for; ``None`` where they are made."""
         base = preset(options.preset or ("digits" if reference.startswith("builtin:digits") else "clean"))
         if options.metrics:
             changes = {**changes, "metrics": options.metrics}
@@ -91,8 +97,9 @@ class Run:
         if self.options.prompts is None:
             raise UserError(f"{metric} of {self.protocol.name} needs --prompts FILE, or --metrics without it")
         found = read_prompts(self.options.prompts)
-        if len(found) < count:
-            raise UserError(f"{self.options.prompts} holds {len(found)} prompts for {count} images; give one an image")
+        if len(found) < count or (self.images and len(found) not in (count, self.images)):
+            images = self.images or count
+            raise UserError(f"{self.options.prompts} holds {len(found)} prompts for {images} images; give one an image")
         return found[:count]
 
     def _extractor(self, name: str) -> Extractor:
@@ -129,27 +136,24 @@ class Run:
         """
         if self._references is None:
             began = time.perf_counter()
-            self._references = score.references(self._referred(needed), self.protocol)
+            self._references = score.references(self._referred(needed))
             self.seconds["reference"] = time.perf_counter() - began
         return self._references
 
     def _referred(self, needed: dict[str, Network]) -> Mapping[str, Collected | Statistics]:
         compared = {metric: network for metric, network in needed.items() if metric not in (*SINGLE, "clip")}
-        if not compared:
-            return {}
-        if _is_statistics(self.reference):
-            return {
-                metric: read_statistics(
-                    self.reference,
-                    kind=FRECHET.get(metric, "fid"),
-                    extractor=network.name,
-                    dimension=network.dimension,
-                )
-                for metric, network in compared.items()
-            }
-        source = open_source(self.reference)
-        stream = reader(source, batch_size=self.options.batch_size, workers=self.options.workers, skip_broken=None)
-        return collect(stream, len(source), compared, device=self.device)
+        statistics, images = _contents(self.reference)
+        fits = [metric for metric in compared if statistics and (metric in FRECHET or not images)]
+        found: dict[str, Collected | Statistics] = {metric: self._fit(metric, compared.pop(metric)) for metric in fits}
+        if compared:
+            source = open_source(self.reference)
+            stream = reader(source, batch_size=self.options.batch_size, workers=self.options.workers, skip_broken=None)
+            found |= collect(stream, len(source), compared, device=self.device)
+        return found
+
+    def _fit(self, metric: str, network: Network) -> Statistics:
+        kind = FRECHET.get(metric, "fid")
+        return read_statistics(self.reference, kind=kind, extractor=network.name, dimension=network.dimension)
 
     def collected(self, stream: Stream, count: int, made_by: str) -> dict[str, Collected]:
         """What the networks say of ``count`` images; the reference is read before, so that its errors come first."""
@@ -202,8 +206,11 @@ class Run:
         }
         if self.options.features is not None and rank_and_world()[0] == 0:
             temporary = self.options.features / f".{RUN}"
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
-            temporary.replace(self.options.features / RUN)
+            try:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
+                temporary.replace(self.options.features / RUN)
+            except OSError as error:
+                raise UserError(f"cannot write {self.options.features / RUN}: {error.strerror}") from None
         return record
 
 
@@ -217,10 +224,12 @@ def calc(images: str, reference: str, options: Options) -> dict[str, Any]:
     count = len(source) if options.count is None else options.count
     if count > len(source):
         raise UserError(f"--num {count} is more than the {len(source)} images of {images}")
-    run = Run(options, reference, {"samples": count})
+    run = Run(options, reference, {"samples": count}, images=len(source))
     skipped = run.skipped if options.skip_broken else None
     stream = reader(source, batch_size=options.batch_size, workers=options.workers, skip_broken=skipped)
-    return run.record(images, run.measured(stream, count, images))
+    metrics = run.measured(stream, count, images)
+    run.skipped = sorted(name for names in gathered(run.skipped) for name in names)
+    return run.record(images, metrics)
 
 
 def ref(images: str, out: Path, options: Options) -> None:
@@ -229,6 +238,8 @@ def ref(images: str, out: Path, options: Options) -> None:
     Raises:
         UserError: an input that cannot be read, or a file that cannot be written.
     """
+    if out.suffix != ".npz" or not out.parent.is_dir():
+        raise UserError(f"statistics are written to an .npz in a folder that exists, got {out}; see `convert` for .pkl")
     source = open_source(images)
     count = len(source) if options.count is None else min(options.count, len(source))
     run = Run(options, images, {})
@@ -244,52 +255,14 @@ def ref(images: str, out: Path, options: Options) -> None:
         write_statistics(out, found, kind=FRECHET[metric], protocol=run.protocol, weights=network.weights)
 
 
-def compare(a: Path, b: Path, options: Options) -> dict[str, Any]:
-    """Difference of two runs that kept their features, on the sample ids that both have.
-
-    Raises:
-        UserError: folders without such runs, or runs of different protocols or references.
-    """
-    one, two = _kept(a), _kept(b)
-    for field in ("protocol", "reference"):
-        mine, other = (each[field]["digest"] if field == "protocol" else each[field] for each in (one, two))
-        if mine != other:
-            raise UserError(f"{a} and {b} differ in their {field} ({mine} and {other}); only equal ones compare")
-    told = one["protocol"]["fields"]
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-    run = Run(replace(options, preset=None, metrics=None), one["reference"], {})
-    run.protocol = Protocol(**fields)
-    found: dict[str, Value] = {}
-    metrics = [metric for metric in run.protocol.metrics if metric in FRECHET]
-    run.protocol = replace(run.protocol, metrics=tuple(metrics) or run.protocol.metrics)
-    against = run.references(run.networks(0)).moments if metrics else {}
-    for metric in metrics:
-        name, _ = run.protocol.network(metric)
-        found[metric] = paired_difference(_features(a / name), _features(b / name), against[metric])
-    if (a / "clip-score").is_dir():
-        found["clip"] = paired_mean_difference(_features(a / "clip-score")[:, 0], _features(b / "clip-score")[:, 0])
-    return run.record(f"{a} - {b}", found)
-
-
-def _kept(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / RUN).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no finished run with --features: {error}") from None
-
-
-def _features(folder: Path) -> Tensor:
-    store = FeatureStore(folder, read_manifest(folder))
-    return store.read(range(sum(len(ids) for ids, _ in store.shards()))).features
-
-
-def _is_statistics(path: str) -> bool:
+def _contents(path: str) -> tuple[bool, bool]:
+    """Whether there are statistics at ``path``, and whether there are images; a reference of ADM holds both."""
     if path.endswith((".pkl", ".pickle", ".pt")):
-        return True
+        return True, False
     if not (path.endswith(".npz") and Path(path).is_file()):
-        return False
+        return False, True
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return bool({"mu", "mu_s", "feats"} & set(archive.files))
+            return bool({"mu", "mu_s", "feats"} & set(archive.files)), "arr_0" in archive.files
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None

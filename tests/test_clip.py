@@ -1,11 +1,15 @@
 """CLIP features and scores against open_clip itself, and the trap of the activations closed."""
 
 import json
+from typing import Any
 
+import numpy as np
 import open_clip
+import open_clip.factory
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from random_networks import TINY_CLIP, save_openai_clip, tell_open_clip
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
@@ -17,11 +21,6 @@ from stepdistill.metrics.clip import ARCHITECTURES, ClipScorer, centred, load_to
 from stepdistill.metrics.extractors import load_extractor
 from stepdistill.metrics.weights import KNOWN, Weights, sha256_of
 
-CONFIG = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
-}
 SIZES = [(64, 64), (256, 256), (97, 200), (333, 101), (32, 48), (64, 81)]
 
 
@@ -34,30 +33,14 @@ def noise(height, width, batch=2, seed=0):
 def folder(tmp_path_factory):
     """Two architectures that differ in the activation alone, and weights for either in two forms."""
     folder = tmp_path_factory.mktemp("clip")
-    (folder / "tiny.json").write_text(json.dumps(CONFIG))
-    (folder / "tiny-quickgelu.json").write_text(json.dumps(CONFIG | {"quick_gelu": True}))
+    (folder / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    (folder / "tiny-quickgelu.json").write_text(json.dumps(TINY_CLIP | {"quick_gelu": True}))
     open_clip.add_model_config(folder)
     torch.manual_seed(0)
-    state = open_clip.CLIP(**CONFIG).half().state_dict()
+    state = open_clip.CLIP(**TINY_CLIP).half().state_dict()
     save_file(state, folder / "plain.safetensors")
-    as_openai_saves(state, folder / "openai.pt")
+    save_openai_clip(state, folder / "openai.pt")
     return folder
-
-
-def as_openai_saves(state, path):
-    """A TorchScript in half precision, with three numbers beside the weights."""
-    root = nn.Module()
-    for number in ("input_resolution", "context_length", "vocab_size"):
-        root.register_buffer(number, torch.tensor(1))
-    for name, tensor in state.items():
-        *parents, leaf = name.split(".")
-        module = root
-        for parent in parents:
-            if parent not in dict(module.named_children()):
-                module.add_module(parent, nn.Module())
-            module = module.get_submodule(parent)
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    torch.jit.script(root).save(path)
 
 
 def weights_at(path):
@@ -143,7 +126,7 @@ def test_weights_of_openai_are_refused_without_their_activation(folder):
 def test_weights_of_another_architecture_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"plain\.safetensors does not fit ViT-B-32"):
         load_towers("ViT-B-32", weights_at(folder / "plain.safetensors"))
-    state = open_clip.CLIP(**CONFIG).state_dict()
+    state = open_clip.CLIP(**TINY_CLIP).state_dict()
     del state["visual.proj"]
     save_file(state, tmp_path / "partial.safetensors")
     with pytest.raises(UserError, match="does not fit tiny"):
@@ -209,3 +192,52 @@ def test_every_image_needs_its_prompt(towers):
 def test_a_template_has_one_place_for_the_prompt(towers, template):
     with pytest.raises(UserError, match=r"one \{\} where the prompt goes"):
         ClipScorer(towers, template=template)
+
+
+def by_hand(architecture, path, images, prompts):
+    """100 times the cosine of open_clip's own features, in numpy."""
+    made: Any = open_clip.create_model_and_transforms(architecture, pretrained=str(path))
+    model, preprocess, tokenizer = made[0].eval(), made[2], open_clip.get_tokenizer(architecture)
+    with torch.no_grad():
+        pictures = model.encode_image(torch.stack([preprocess(to_picture(image)) for image in images]))
+        texts = model.encode_text(tokenizer(prompts))
+    a, b = (side.double().numpy() for side in (pictures, texts))
+    return 100 * (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES.values(), "ViT-L-14"])
+def test_every_known_architecture_at_reduced_width_scores_as_by_hand(architecture, tmp_path, monkeypatch):
+    for registry in ("_MODEL_CONFIG_PATHS", "_MODEL_CONFIGS"):
+        monkeypatch.setattr(open_clip.factory, registry, open_clip.factory.__dict__[registry].copy())
+    tell_open_clip(tmp_path, architecture)
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**TINY_CLIP).state_dict(), tmp_path / "model.safetensors")
+    images, prompts = noise(90, 70), ["a cat", "two dogs by the sea"]
+    towers = load_towers(architecture, weights_at(tmp_path / "model.safetensors"))
+    expected = by_hand(architecture, tmp_path / "model.safetensors", images, prompts)
+    np.testing.assert_allclose(ClipScorer(towers, scale=100)(images, prompts).scores, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """Random weights of ViT-L-14, 428 million numbers in half precision."""
+    config = open_clip.get_model_config("ViT-L-14")
+    assert config is not None
+    torch.manual_seed(0)
+    state = open_clip.CLIP(**config).half().state_dict()
+    path = tmp_path_factory.mktemp("full") / "ViT-L-14.safetensors"
+    save_file(state, path)
+    return path
+
+
+@pytest.mark.slow
+def test_vit_l_14_in_full_size_scores_as_by_hand_with_and_without_quick_gelu(full_size):
+    images, prompts = noise(300, 260), ["a cat", "two dogs by the sea"]
+    scores = []
+    for architecture in ("ViT-L-14", "ViT-L-14-quickgelu"):
+        towers = load_towers(architecture, weights_at(full_size))
+        scores.append(ClipScorer(towers, scale=100)(images, prompts).scores.numpy())
+        del towers
+        expected = by_hand(architecture, full_size, images, prompts)
+        np.testing.assert_allclose(scores[-1], expected, rtol=1e-3, atol=1e-3)
+    assert np.abs(scores[0] - scores[1]).min() > 0.01

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_networks import save_dinov2, timm_dinov2
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 
 from stepdistill.errors import UserError
 from stepdistill.images import to_picture
@@ -20,27 +20,11 @@ def noise(height, width, batch=2):
     return smooth.to(torch.uint8)
 
 
-def timm_model(side):
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=side, patch_size=14, embed_dim=WIDTH, depth=DEPTH, num_heads=WIDTH // 64, num_classes=0, init_values=1
-    )
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.3 if "norm" in name or "gamma" in name else 0.1)
-    return model.eval()
-
-
-def save_as_hub(model, path):
-    """Under facebookresearch's names, which timm shares, with the mask token that their files hold."""
-    torch.save({**model.state_dict(), "mask_token": torch.zeros(1, WIDTH)}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A model for 224x224, where no positions are interpolated, and its file."""
-    model = timm_model(224)
-    return model, save_as_hub(model, tmp_path_factory.mktemp("dinov2") / "small.pth")
+    model = timm_dinov2(224)
+    return model, save_dinov2(model, tmp_path_factory.mktemp("dinov2") / "small.pth")
 
 
 def extractor(path, name="dinov2-vit-l-14"):
@@ -90,17 +74,17 @@ def bicubic(scale, old, new):
 
 
 def test_positions_are_interpolated_at_the_scale_of_facebookresearch(tmp_path):
-    large, side = timm_model(518), 16
+    large, side = timm_dinov2(518), 16
     matrix = bicubic((side + 0.1) / 37, 37, side)
     state = large.state_dict()
     grid = state["pos_embed"][:, 1:].reshape(37, 37, WIDTH).double()
     grid = torch.einsum("ik,jl,klc->ijc", matrix, matrix, grid).reshape(1, side**2, WIDTH).float()
-    reference = timm_model(224)
+    reference = timm_dinov2(224)
     reference.load_state_dict({**state, "pos_embed": torch.cat([state["pos_embed"][:, :1], grid], dim=1)})
     images = noise(224, 224)
     with torch.no_grad():
         expected = reference.forward_features(normalised(images.float()))[:, 0]
-    got = extractor(save_as_hub(large, tmp_path / "large.pth"))(images).features
+    got = extractor(save_dinov2(large, tmp_path / "large.pth"))(images).features
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     # What transformers does by itself, to the size of 16 without the tenth, is another network.
     plain = torch.nn.functional.interpolate(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from random_networks import StandIn
 from test_distill import ROOT, environment, metrics, same, student_weights
 from test_families import recipe
-from test_inception import StandIn
 from test_stages import DMD, chained
 
 from stepdistill.__main__ import main

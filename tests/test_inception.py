@@ -7,6 +7,7 @@ import pytest
 import pytorch_fid.inception
 import torch
 import torch.nn.functional as F  # noqa: N812
+from random_networks import save_nvidia_inception, save_pytorch_inception
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
@@ -20,60 +21,18 @@ from stepdistill.metrics.precision import full_precision
 from stepdistill.metrics.resampling import resize
 
 
-class StandIn(nn.Module):
-    """The interface of NVIDIA's TorchScript: its resizing, its three forms of output, few layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 16, 7, stride=7),
-            nn.ReLU(),
-            nn.Conv2d(16, 2048, 3, stride=3),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-        )
-        self.output = nn.Linear(2048, 1008)
-
-    def forward(self, img, return_features: bool = False, use_fp16: bool = False, no_output_bias: bool = False):
-        batch, channels, height, width = img.shape
-        x = img.to(torch.float32)
-        theta = torch.eye(2, 3)
-        theta[0, 2] += 1 / width - 1 / 299
-        theta[1, 2] += 1 / height - 1 / 299
-        grid = F.affine_grid(theta.unsqueeze(0).repeat([batch, 1, 1]), [batch, channels, 299, 299], align_corners=False)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        features = self.layers((x - 128) / 128).reshape(-1, 2048)
-        if return_features:
-            return features
-        if no_output_bias:
-            return F.softmax(F.linear(features, self.output.weight), dim=1)
-        return F.softmax(self.output(features), dim=1)
-
-
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):
     """A folder with a TorchScript under NVIDIA's name."""
     folder = tmp_path_factory.mktemp("nvidia")
-    torch.manual_seed(0)
-    torch.jit.script(StandIn().eval()).save(folder / "inception-2015-12-05.pt")
+    save_nvidia_inception(folder / "inception-2015-12-05.pt")
     return folder
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Random weights under pytorch-fid's names, with batch norms that are not the identity."""
-    torch.manual_seed(1)
-    state = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
-    for name, tensor in state.items():
-        if name.endswith(("running_mean", "bn.bias", "fc.bias")):
-            tensor.normal_(std=0.1)
-        elif name.endswith(("running_var", "bn.weight")):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith("conv.weight"):
-            tensor.mul_(2.5)  # As large as that, features and logits stay of order one through all layers.
-    path = tmp_path_factory.mktemp("pytorch-fid") / "pt_inception-2015-12-05-6726825d.pth"
-    torch.save(state, path)
-    return path
+    """Random weights under pytorch-fid's names."""
+    return save_pytorch_inception(tmp_path_factory.mktemp("pytorch-fid") / "pt_inception-2015-12-05-6726825d.pth")
 
 
 @pytest.fixture(scope="module")

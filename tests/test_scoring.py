@@ -9,13 +9,17 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from processes import in_processes
 
+from stepdistill import agreement
 from stepdistill.errors import UserError
 from stepdistill.fid import main
 from stepdistill.generating import stored, summed_up
 from stepdistill.images import load_digits, to_picture
 from stepdistill.metrics.base import Value
 from stepdistill.metrics.presets import protocol
+from stepdistill.scoring import Options, calc
 
 DIGITS = load_digits()[0][:, 0].numpy()
 ALL = "fid,kid,prdc,vendi"
@@ -55,7 +59,28 @@ def test_every_source_gives_the_same_numbers(sources, name, capsys):
     assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == found
 
 
-def test_two_processes_give_the_numbers_of_one(sources, capsys):
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 1), (1, 300), (2, 7), (3, 64)])
+def test_neither_batches_nor_processes_change_a_number(sources, world, batch_size):
+    def run(batch_size):
+        told = Options(preset="digits", metrics=tuple(ALL.split(",")), batch_size=batch_size, workers=0)
+        return numbers(calc(str(sources / "array.npz"), str(sources / "others.npz"), told))
+
+    expected = run(64)
+    for found in in_processes(world, lambda: run(batch_size)):
+        assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == found
+
+
+def test_the_order_of_images_changes_no_value(sources, tmp_path, capsys):
+    np.savez(tmp_path / "shuffled.npz", DIGITS[:300][np.random.default_rng(0).permutation(300)])
+    told = (sources / "others.npz", "--preset", "digits", "--metrics", ALL)
+    expected, found = (
+        {name: value for name, (value, _) in numbers(scored(capsys, "calc", images, *told)).items()}
+        for images in (sources / "array.npz", tmp_path / "shuffled.npz")
+    )
+    assert found == {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()}
+
+
+def test_a_launcher_gives_two_processes_the_numbers_of_one(sources, capsys):
     told = ["calc", str(sources / "array.npz"), "builtin:digits", "--metrics", ALL, "--json"]
     expected = numbers(scored(capsys, *told[:-1]))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "stepdistill", "fid"]
@@ -106,6 +131,34 @@ def test_two_runs_compare_on_their_common_ids_and_only_under_one_protocol(source
         main(["compare", str(tmp_path / "array.npz"), str(tmp_path / "fewer")])
     with pytest.raises(UserError, match="holds no finished run"):
         main(["compare", str(tmp_path / "array.npz"), str(tmp_path)])
+
+
+def test_two_runs_are_drawn_where_they_agree_best_and_worst(sources, tmp_path, capsys):
+    images = DIGITS[300:340].copy()
+    np.savez(tmp_path / "one.npz", images)
+    images[7], images[11] = 255 - images[7], 0
+    np.savez(tmp_path / "two.npz", images)
+    for name in ("one", "two"):
+        scored(capsys, "calc", tmp_path / f"{name}.npz", "builtin:digits", "--features", tmp_path / name)
+    told = ["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--plot"]
+    assert main([*told, str(tmp_path / "agreement.png")]) == 0
+    with Image.open(tmp_path / "agreement.png") as picture:
+        assert picture.size == (990, 660)
+    with pytest.raises(UserError, match="cannot write"):
+        main([*told, str(tmp_path / "nowhere" / "agreement.png")])
+    (tmp_path / "two.npz").unlink()
+    with pytest.raises(UserError, match=r"those of .*two were not kept \(gen --save-images does\)"):
+        main([*told, str(tmp_path / "agreement.png")])
+
+
+def test_a_picture_of_agreement_has_the_nearest_pairs_first_and_the_farthest_below(sources, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(agreement, "_tiles", lambda source, ids: drawn.append(ids) or torch.zeros(len(ids), 3, 8, 8))
+    runs = {"student": str(sources / "array.npz"), "teacher": str(sources / "folder")}
+    agreement.draw(tmp_path / "x.png", runs, torch.tensor([0.3, 0.1, 0.2, 0.9, 0.5]), pairs=2)
+    assert drawn == [[1, 2], [1, 2], [3, 4], [3, 4]]
+    with pytest.raises(UserError, match="holds 300 images, and teacher has features of 301"):
+        agreement.draw(tmp_path / "x.png", {"teacher": runs["teacher"]}, torch.zeros(301))
 
 
 def test_a_pipeline_is_scored_in_memory_as_its_saved_images_are(tmp_path, capsys):

@@ -454,14 +454,11 @@ def test_another_divisor_needs_the_number_of_images():
         replace(OWN, n=1, ddof=0).with_ddof(1)
 
 
-def test_the_number_of_images_comes_from_the_file_or_the_caller_and_must_agree():
-    unknown = replace(OWN, n=None)
-    assert unknown.moments(count=50).n == 50
-    assert OWN.moments().n == OWN.moments(count=N).n == N
-    with pytest.raises(UserError, match="give the number"):
-        unknown.moments()
-    with pytest.raises(UserError, match="of 40 images, expected 50"):
-        OWN.moments(count=50)
+def test_a_file_that_does_not_say_how_many_images_it_is_of_is_compared_with_all_the_same():
+    assert OWN.moments().n == N
+    unknown = replace(OWN, n=None).moments()
+    assert unknown.n is None
+    assert Reference(unknown).distance(TRUTH) == pytest.approx(0, abs=1e-12)
 
 
 def test_a_reference_from_a_file_is_at_zero_from_its_own_features(tmp_path):

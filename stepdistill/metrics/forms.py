@@ -51,21 +51,9 @@ class Statistics:
             )
         return replace(self, covariance=self.covariance * ((self.n - self.ddof) / (self.n - ddof)), ddof=ddof)
 
-    def moments(self, count: int | None = None) -> Moments:
-        """As ``frechet.Reference`` takes them, ddof as it is.
-
-        Args:
-            count: images of the reference where the file does not say, as a protocol may.
-
-        Raises:
-            UserError: neither says, or they differ.
-        """
-        n = count if self.n is None else self.n
-        if n is None:
-            raise UserError("the statistics do not say how many images they are of; give the number")
-        if count not in (None, n):
-            raise UserError(f"the statistics are of {n} images, expected {count}")
-        return Moments(n, self.mean, self.covariance)
+    def moments(self) -> Moments:
+        """As ``frechet.Reference`` takes them, ddof as it is."""
+        return Moments(self.n, self.mean, self.covariance)
 
 
 def content_of(path: Path) -> dict[str, Any]:

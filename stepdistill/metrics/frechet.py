@@ -15,9 +15,9 @@ from .jackknife import GROUPS, MIN_SAMPLES, group_of, jackknife
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean ``(d,)`` and covariance ``(d, d)`` of ``n`` features, float64."""
+    """Mean ``(d,)`` and covariance ``(d, d)`` of ``n`` features, float64; ``None`` where a file does not say."""
 
-    n: int
+    n: int | None
     mean: Tensor
     covariance: Tensor
 
@@ -64,7 +64,7 @@ class Reference:
     """
 
     def __init__(self, moments: Moments) -> None:
-        if moments.n < MIN_SAMPLES:
+        if moments.n is not None and moments.n < MIN_SAMPLES:
             raise UserError(f"at least {MIN_SAMPLES} reference images are needed, got {moments.n}")
         self.moments = moments
         values, vectors = torch.linalg.eigh(moments.covariance)

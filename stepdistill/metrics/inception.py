@@ -31,11 +31,11 @@ class Inception(FrozenNetwork):
     """
 
     name = "inception"
-    dimension = 2048
 
     def __init__(self, weights: Weights, *, device: torch.device | str = "cpu") -> None:
         self.weights = weights.sha256
         self._base, _, self._head = _torchscript(weights, device)
+        self.dimension = self._head.shape[1]
 
     def _features(self, images: Tensor) -> Features:
         features = self._base(images, return_features=True)
@@ -46,11 +46,11 @@ class CleanInception(FrozenNetwork):
     """The layers of NVIDIA's TorchScript on images that were resized before: clean-fid, GigaGAN, DMD2."""
 
     name = "inception-clean"
-    dimension = 2048
 
     def __init__(self, weights: Weights, *, device: torch.device | str = "cpu") -> None:
         self.weights = weights.sha256
         _, self._layers, self._head = _torchscript(weights, device)
+        self.dimension = self._head.shape[1]
 
     def _features(self, images: Tensor) -> Features:
         height, width = images.shape[2:]

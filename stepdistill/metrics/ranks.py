@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from ..errors import UserError
+
+T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -34,6 +39,23 @@ def gathered(mine: Any) -> list[Any]:  # noqa: ANN401
     if world > 1:
         distributed.all_gather_object(parts, mine)
     return parts
+
+
+def together(work: Callable[[], T]) -> T:
+    """``work`` of this process; bad input of one process is that of all, who would wait for it or hide its message.
+
+    Raises:
+        UserError: as the first process raised it that did.
+    """
+    done, failure = [], None
+    try:
+        done.append(work())
+    except UserError as error:
+        failure = error
+    first = next((each for each in gathered(failure and str(failure)) if each is not None), None)
+    if first is not None:
+        raise UserError(first) from failure
+    return done[0]
 
 
 def device_of_rank() -> torch.device:

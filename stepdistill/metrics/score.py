@@ -18,7 +18,7 @@ from .inception_score import inception_score_splits
 from .kid import kid
 from .prdc import prdc
 from .protocols import Protocol
-from .ranks import add_up, gathered, rank_and_world
+from .ranks import add_up, gathered, rank_and_world, together
 from .resampling import prepare_mixed
 from .sources import Batch, Source, batches
 from .store import FeatureStore
@@ -163,15 +163,18 @@ def collect(
         keeps = any(metric not in FRECHET for metric, other in told.items() if other is network)
         made[network] = Collected(network.dimension, keeps)
     rank, world = rank_and_world()
-    if store is None:
-        for ids, found in _shown(stream, range(rank, count, world), list(made), device):
+
+    def add(ids: Sequence[int]) -> None:
+        for taken, found in _shown(stream, ids, list(made), device):
             for network, features in found.items():
-                made[network].add(ids, features)
+                made[network].add(taken, features)
+
+    if store is None:
+        together(lambda: add(range(rank, count, world)))
     else:
-        stores = {network: store(network) for network in made}
-        for ids in _lacking(count, list(stores.values()))[rank::world]:
-            _write(ids, list(_shown(stream, ids, list(made), device)), stores)
-        gathered(None)  # All have written.
+        stores = together(lambda: {network: store(network) for network in made})
+        lacking = _lacking(count, list(stores.values()))[rank::world]
+        together(lambda: [_write(ids, list(_shown(stream, ids, list(made), device)), stores) for ids in lacking])
         for network, there in stores.items():
             _read(made[network], there, range(count), rank, world)
     for part in made.values():
@@ -189,7 +192,7 @@ def _shown(
 
 def _lacking(count: int, stores: Sequence[FeatureStore]) -> list[range]:
     """What the stores of one run lack, the same for all processes."""
-    missing = [store.missing(range(count)) for store in stores]
+    missing = together(lambda: [store.missing(range(count)) for store in stores])
     if any(other != missing[0] for other in missing):
         raise UserError("the feature folders of one run hold different samples; delete them and begin again")
     return gathered(missing[0])[0]
@@ -222,14 +225,18 @@ class References:
     features: Mapping[str, Tensor]
 
 
-def references(found: Mapping[str, Collected | Statistics], protocol: Protocol) -> References:
+def references(found: Mapping[str, Collected | Statistics]) -> References:
     """What every metric takes of images or their statistics.
 
     Raises:
         UserError: too few images, or statistics without what a metric needs.
     """
     return References(
-        {metric: _moments(each, protocol) for metric, each in found.items() if metric in FRECHET},
+        {
+            metric: Reference((each.sums if isinstance(each, Collected) else each).moments())
+            for metric, each in found.items()
+            if metric in FRECHET
+        },
         {metric: _features(each, metric) for metric, each in found.items() if metric not in FRECHET},
     )
 
@@ -253,20 +260,13 @@ def values(
             scores = generated[metric].features().features[:, 0].double()
             found[metric] = Value(scores.mean().item(), scores.std().item() / len(scores) ** 0.5, len(scores))
         elif metric in FRECHET:
-            sums = generated[metric].sums
-            distance = frechet_distance(sums, reference.moments[metric], ddof=protocol.ddof)
+            distance = frechet_distance(generated[metric].sums, reference.moments[metric], ddof=protocol.ddof)
             found[metric] = Value(distance.value, distance.se, distance.n, distance.debiased)
         elif metric in SINGLE:
-            found[metric] = _single(metric, generated[metric].features(), protocol, prompts)
+            found[metric] = _single(metric, generated[metric], protocol, prompts)
         else:
             found |= _compared(metric, generated[metric].features().features, reference.features[metric], protocol)
     return found
-
-
-def _moments(found: Collected | Statistics, protocol: Protocol) -> Reference:
-    if isinstance(found, Statistics):
-        return Reference(found.moments(None if found.n else protocol.reference_count))
-    return Reference(found.sums.moments())
 
 
 def _features(found: Collected | Statistics, metric: str) -> Tensor:
@@ -277,12 +277,14 @@ def _features(found: Collected | Statistics, metric: str) -> Tensor:
     return found.features
 
 
-def _single(metric: str, found: Features, protocol: Protocol, prompts: Sequence[str]) -> Value:
+def _single(metric: str, generated: Collected, protocol: Protocol, prompts: Sequence[str]) -> Value:
+    found = generated.features()
     if metric == "vendi":
         return vendi(found.features)
     if metric == "diversity":
         numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        return per_prompt_diversity(found.features, torch.tensor([numbers[prompt] for prompt in prompts]))
+        kept = sorted(k for ids, _ in generated.kept for k in ids)  # Broken images are left out.
+        return per_prompt_diversity(found.features, torch.tensor([numbers[prompts[k]] for k in kept]))
     assert found.logits is not None
     # Images may come in the order of their classes.
     order = torch.randperm(len(found.logits), generator=torch.Generator().manual_seed(0))
