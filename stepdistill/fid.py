@@ -137,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
 
     calc = command("calc", _calc, "score images against a reference", "calc runs/images builtin:digits --json")
     calc.add_argument("images", metavar="IMAGES", help="the images to judge")
-    calc.add_argument("reference", metavar="REFERENCE", help="what to compare them with")
+    calc.add_argument(
+        "reference", nargs="?", metavar="REFERENCE", help="what to compare them with, where a metric does"
+    )
     gen = command(
         "gen", _gen, "generate with a pipeline and score in memory", "gen STUDENT refs.npz --preset edm-cifar10"
     )

@@ -29,6 +29,8 @@ from .metrics.statistics import read_statistics, write_statistics
 from .metrics.store import FeatureStore, Manifest
 from .metrics.weights import find_weights
 
+ALONE = (*SINGLE, "clip")
+"""Metrics without a reference."""
 RUN = "run.json"
 """Record of a run that keeps its features, beside them."""
 
@@ -62,7 +64,7 @@ class Run:
     def __init__(
         self,
         options: Options,
-        reference: str,
+        reference: str | None,
         changes: dict[str, object],
         device: torch.device | None = None,
         *,
@@ -71,10 +73,12 @@ class Run:
         self.options, self.reference, self.device = options, reference, device or device_of_rank()
         self.images = images
         """How many there are, of which some may be asked for; ``None`` where they are made."""
-        base = preset(options.preset or ("digits" if reference.startswith("builtin:digits") else "clean"))
+        base = preset(options.preset or ("digits" if (reference or "").startswith("builtin:digits") else "clean"))
         if options.metrics:
             changes = {**changes, "metrics": options.metrics}
         self.protocol = base.changed(changes)
+        if reference is None and (compared := [each for each in self.protocol.metrics if each not in ALONE]):
+            raise UserError(f"{', '.join(compared)} need a REFERENCE; without one there are {', '.join(ALONE)}")
         self.skipped: list[str] = []
         self.seconds = {"reference": 0.0, "images": 0.0, "distance": 0.0}
         self.prompts: list[str] = []
@@ -141,7 +145,9 @@ class Run:
         return self._references
 
     def _referred(self, needed: dict[str, Network]) -> Mapping[str, Collected | Statistics]:
-        compared = {metric: network for metric, network in needed.items() if metric not in (*SINGLE, "clip")}
+        compared = {metric: network for metric, network in needed.items() if metric not in ALONE}
+        if self.reference is None or not compared:
+            return {}
         statistics, images = _contents(self.reference)
         fits = [metric for metric in compared if statistics and (metric in FRECHET or not images)]
         found: dict[str, Collected | Statistics] = {metric: self._fit(metric, compared.pop(metric)) for metric in fits}
@@ -152,6 +158,7 @@ class Run:
         return found
 
     def _fit(self, metric: str, network: Network) -> Statistics:
+        assert self.reference is not None
         kind = FRECHET.get(metric, "fid")
         return read_statistics(self.reference, kind=kind, extractor=network.name, dimension=network.dimension)
 
@@ -214,8 +221,8 @@ class Run:
         return record
 
 
-def calc(images: str, reference: str, options: Options) -> dict[str, Any]:
-    """Score ``images``, any source of ``open_source``, against images or statistics.
+def calc(images: str, reference: str | None, options: Options) -> dict[str, Any]:
+    """Score ``images``, any source of ``open_source``, against images or statistics, where a metric compares.
 
     Raises:
         UserError: an input that cannot be read or compared.

@@ -221,3 +221,12 @@ def test_presets_are_listed_and_spelled_out(capsys):
 def test_the_doctor_finds_the_arithmetic_in_order(capsys):
     assert main(["doctor"]) == 0
     assert "ok       test     distance of two Gaussians" in capsys.readouterr().out
+
+
+def test_metrics_of_the_images_alone_need_no_reference(sources, capsys):
+    told = ("calc", sources / "array.npz", "--preset", "digits", "--metrics", "vendi")
+    alone = scored(capsys, *told)
+    assert numbers(alone) == numbers(scored(capsys, *told[:2], "builtin:digits", *told[2:]))
+    assert alone["reference"] is None
+    with pytest.raises(UserError, match="fid, kid need a REFERENCE; without one there are is, vendi, diversity, clip"):
+        main(["calc", str(sources / "array.npz"), "--preset", "digits", "--metrics", "fid,vendi,kid"])
