@@ -11,8 +11,9 @@ from torch import Tensor
 from .conditions import NO_COND, Cond, in_turn, select
 from .config import Data, RealData
 from .errors import UserError
-from .images import load_images, to_float
+from .images import to_float
 from .methods.base import Batch
+from .metrics.sources import load_images
 from .prompts import encode, read_prompts
 from .teacher import Teacher
 

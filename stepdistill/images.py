@@ -34,29 +34,6 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def load_images(source: str | Path) -> Tensor:
-    """All images of ``source`` as uint8 ``(N, C, H, W)``, C = 1 or 3.
-
-    Args:
-        source: a folder (read recursively, in sorted order), an ``.npz`` with ``arr_0`` of uint8 ``(N, H, W)`` or
-            ``(N, H, W, C)``, ``builtin:digits`` (scikit-learn's 1,797 real 8x8 digits), or ``builtin:digits_text``
-            (the same in six styles, 16x16 RGB).
-
-    Raises:
-        UserError: nothing there, something unreadable or not 8-bit, or images of different sizes.
-    """
-    if str(source) == DIGITS:
-        return load_digits()[0]
-    if str(source) == TEXT_DIGITS:
-        return load_text_digits()[0]
-    path = Path(source)
-    if path.is_dir():
-        return _from_folder(path)
-    if path.suffix == ".npz" and path.is_file():
-        return read_npz(path)
-    raise UserError(f"{source} is neither a folder of images, an .npz file nor {DIGITS} or {TEXT_DIGITS}")
-
-
 def load_digits() -> tuple[Tensor, Tensor]:
     """scikit-learn's digits, uint8 ``(1797, 1, 8, 8)`` with 17 levels spread over 0..255, and labels ``(1797,)``."""
     from sklearn.datasets import load_digits as load
@@ -74,20 +51,6 @@ def load_text_digits() -> tuple[Tensor, Tensor]:
     return to_uint8(images * 2 - 1).expand(-1, 3, -1, -1).contiguous(), captions
 
 
-def _from_folder(folder: Path) -> Tensor:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS)
-    if not files:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    pixels = [read_image(file, str(file)) for file in files]
-    odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
-    if odd is not None:
-        raise UserError(
-            f"images must have one size: {files[0].name} is {_size(pixels[0])} and {files[odd].name} is "
-            f"{_size(pixels[odd])}; convert them first"
-        )
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-
-
 def read_image(file: Path | BinaryIO, name: str) -> np.ndarray:
     """A picture as ``(H, W, C)`` uint8, C = 1 or 3; errors call it ``name``.
 
@@ -102,11 +65,6 @@ def read_image(file: Path | BinaryIO, name: str) -> np.ndarray:
     except Exception as error:  # Decoders raise nearly anything on damaged files.
         raise UserError(f"cannot read the image {name}: {error}") from None
     return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def _size(image: np.ndarray) -> str:
-    height, width, channels = image.shape
-    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 def read_npz(path: Path) -> Tensor:

@@ -27,8 +27,9 @@ from .config import EnoughSamples, Section
 from .denoiser import Denoiser
 from .errors import UserError
 from .evaluation import Evaluator
-from .images import load_images, to_float
+from .images import to_float
 from .methods._shared import UniformTimes, denoising_loss
+from .metrics.sources import load_images
 from .preflight import check_launch
 from .samplers import SampleNoise, sample_ode
 from .schedulers import read_scheduler

@@ -14,7 +14,8 @@ from PIL import Image
 from stepdistill.errors import UserError
 from stepdistill.evaluation import Evaluator
 from stepdistill.fid import main
-from stepdistill.images import load_digits, load_images
+from stepdistill.images import load_digits
+from stepdistill.metrics.sources import load_images
 
 COMMANDS = ("calc", "gen", "ref", "compare", "convert", "presets", "doctor")
 SCRIPT = Path(__file__).parents[1] / "eval" / "fid.py"
@@ -125,7 +126,7 @@ def test_bad_input_ends_the_script_with_exit_code_2_and_one_line(tmp_path, monke
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["calc"], ["calc", "one"], ["measure", "a", "b"]])
+@pytest.mark.parametrize("arguments", [[], ["calc"], ["ref", "one"], ["measure", "a", "b"]])
 def test_wrong_usage_ends_with_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

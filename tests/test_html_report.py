@@ -25,8 +25,8 @@ from stepdistill.html_report import write_report
 from stepdistill.html_report.charts import MOST_POINTS, Line, Point, chart, short, thinned, ticks
 from stepdistill.html_report.markup import Markup, element, join
 from stepdistill.html_report.tables import duration
-from stepdistill.images import load_images
 from stepdistill.metrics.base import Value
+from stepdistill.metrics.sources import load_images
 from stepdistill.recipe import parse
 from stepdistill.report import grid
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from stepdistill.errors import UserError
-from stepdistill.images import load_digits, load_images
+from stepdistill.images import load_digits
 from stepdistill.metrics.base import Source
-from stepdistill.metrics.sources import AHEAD, MemorySource, batches, open_source
+from stepdistill.metrics.sources import AHEAD, MemorySource, batches, load_images, open_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (23, 9, 7, 3), dtype=np.uint8)
 

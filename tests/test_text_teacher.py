@@ -23,9 +23,10 @@ from stepdistill.conditions import in_turn
 from stepdistill.config import Evaluate
 from stepdistill.errors import UserError
 from stepdistill.evaluation import Evaluator
-from stepdistill.images import load_digits, load_images, load_text_digits, to_float, to_uint8
+from stepdistill.images import load_digits, load_text_digits, to_float, to_uint8
 from stepdistill.metrics.digits import DigitsExtractor
 from stepdistill.metrics.jackknife import GROUPS
+from stepdistill.metrics.sources import load_images
 from stepdistill.preflight import check_evaluation
 from stepdistill.styles import CAPTIONS, DIGITS, STYLES, caption, styled
 from stepdistill.train_text_teacher import generate_captions

@@ -30,7 +30,8 @@ def open_source(path: str | Path) -> Source:
     Args:
         path: a folder of images (with its subfolders) or of ``.npy`` shards, a ``.zip`` of images, an ``.npz`` with
             ``arr_0`` of uint8 ``(N, H, W)`` or ``(N, H, W, C)``, an ``.npy`` of uint8 ``(N, H, W, C)``,
-            ``builtin:digits`` or ``builtin:digits_text`` (see ``load_images``).  Folders and zips may hold images of
+            ``builtin:digits`` (scikit-learn's 1,797 real 8x8 digits) or ``builtin:digits_text`` (the same in six
+            styles, 16x16 RGB).  Folders and zips may hold images of
             different sizes.
 
     Raises:
@@ -49,6 +50,28 @@ def open_source(path: str | Path) -> Source:
         f"{path} is neither a folder of images or .npy arrays, a file ending in {', '.join(_OPENERS)}, "
         f"{DIGITS} nor {TEXT_DIGITS}"
     )
+
+
+def load_images(path: str | Path) -> Tensor:
+    """All images of ``open_source`` as uint8 ``(N, C, H, W)``, C = 1 or 3.
+
+    Raises:
+        UserError: as ``open_source``; or images of different sizes.
+    """
+    source = open_source(path)
+    pixels = [source.read(k) for k in range(len(source))]
+    odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
+    if odd is not None:
+        raise UserError(
+            f"images must have one size: {source.name(0)} is {_size(pixels[0])} and {source.name(odd)} is "
+            f"{_size(pixels[odd])}; convert them first"
+        )
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def _size(image: np.ndarray) -> str:
+    height, width, channels = image.shape
+    return f"{width}x{height} with {channels} channel{'s' if channels > 1 else ''}"
 
 
 class MemorySource(Source):
