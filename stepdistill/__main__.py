@@ -133,7 +133,7 @@ def _declare_sample(commands: Any) -> None:  # noqa: ANN401
         "stepdistill sample builtin:digits --steps 10 --out runs/teacher_images",
         told="Write PNG files of a student, of a teacher (any number of steps), or of the two in turn.",
     )
-    made.add_argument("source", help="student folder, teacher folder, hub id or builtin:digits")
+    made.add_argument("source", help="student folder, or a teacher as in a recipe")
     made.add_argument("--out", type=Path, required=True, help="folder to create")
     made.add_argument("--count", type=positive, default=64, help="number of samples (64)")
     made.add_argument(
@@ -154,7 +154,7 @@ def _declare_sample(commands: Any) -> None:  # noqa: ANN401
     )
     made.add_argument("--teacher", metavar="SOURCE", help="that teacher (the one in the student's model card)")
     made.add_argument(
-        "--trust-remote-code", action="store_true", help="run the pipeline file that a student comes with"
+        "--trust-remote-code", action="store_true", help="run the code that a student comes with or names"
     )
     made.add_argument("--trace", action="store_true", help="also write what every call predicts, to OUT_trace/")
 

@@ -255,7 +255,8 @@ class Config(Section):
     """Everything that determines a run."""
 
     teacher: str
-    """Folder, hub id or ``builtin:digits`` of the frozen teacher pipeline."""
+    """Folder, hub id or ``builtin:digits`` of the frozen teacher pipeline, or ``python:FILE.py:FUNCTION`` (or
+    ``python:PACKAGE.MODULE:FUNCTION``), which is run and returns ``stepdistill.Plain(...)``."""
     output_dir: Path
     """Folder of the run; the student goes to ``output_dir/student``."""
     seed: NonNegativeInt = 0

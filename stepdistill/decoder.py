@@ -1,4 +1,4 @@
-"""From samples to pictures: the pipeline's own VAE, where it has one."""
+"""From samples to pictures: the pipeline's own VAE or the user's own function, where there is one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Tensor:
-        """Pictures; the samples themselves where there is no VAE."""
+        """Pictures; the samples themselves where nothing decodes them."""
+        if self.teacher.decode is not None:
+            return self.teacher.decode(samples)
         if not self.teacher.makes_latents:
             return samples
         vae = self._loaded().to(samples.device)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from .backbones.plain import PLAIN
 from .conditions import Cond
 from .config import Config, Evaluate, Stage, Training
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
@@ -52,7 +53,7 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         real_images(teacher, config.real_data)
     shape, process = "x".join(map(str, teacher.sample_shape)), teacher.denoiser.process
     lines = [
-        f"teacher   {teacher.source}: {teacher.family.network.__name__}, {teacher.denoiser.target}, "
+        f"teacher   {teacher.source}: {type(teacher.network).__name__}, {teacher.denoiser.target}, "
         f"{type(process).__name__}, samples of {shape}, pictures of {teacher.picture_size} pixels, "
         f"guidance {config.data.scale:g}",
     ]
@@ -60,8 +61,12 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         times = ", ".join(f"{time:.4g}" for time in sampler.times)
         lines += ["", f"stage {number}: {stage.method.name}, {len(sampler.times)} call(s) at t = {times}"]
         lines += rehearse(stage, config).lines(stage, tflops)
-    pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
-    lines += ["", f"student   {pipeline} with {hosted.scheduler_name}, {hosted.steps} network call(s)"]
+    if teacher.family is PLAIN:
+        host = f"weights for the network of {teacher.source}"
+    else:
+        pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
+        host = f"{pipeline} with {hosted.scheduler_name}"
+    lines += ["", f"student   {host}, {hosted.steps} network call(s)"]
     lines += [f"evaluate  {_judged(config.evaluate)}"] if config.evaluate else []
     return "\n".join(lines)
 

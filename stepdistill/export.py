@@ -28,6 +28,7 @@ from torch import nn
 
 from .backbones import Family
 from .backbones.conditioned import Conditioned, time_embeddings
+from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .copies import on_cpu
@@ -36,6 +37,7 @@ from .denoiser import Denoiser
 from .hosting import Plan
 from .lora import merged
 from .own_code import code_of, runs_own_code, write_code
+from .plain_student import plain_error, write_plain
 from .process import NoiseProcess
 from .samplers import SampleNoise, StudentSampler
 from .sources import DESCRIPTION, components, pipeline_class
@@ -103,7 +105,7 @@ def export(
         folder: created or replaced.
         shape: ``(C, H, W)`` of one sample.
         cond: conditions of the samples of the check, four of them or those of ``host.call``.
-        host: where the student's pipeline is the teacher's own, whose other files are copied byte for byte.
+        host: where the student is what its teacher is: a pipeline, whose other files are copied, or a plain network.
         own_code: also write the student's own pipeline file, with which a plain call is right.
 
     Raises:
@@ -112,6 +114,10 @@ def export(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     network = stock_network(denoiser, sampler, hosted, host.teacher.family if host else UNET2D)
+    if host and host.teacher.family is PLAIN:
+        write_plain(network, sampler, host.teacher, temporary)
+        _accept(temporary, folder, plain_error(denoiser, sampler, host.teacher, temporary, cond))
+        return
     if hosted.pipeline is not None:
         hosted.pipeline(unet=network, scheduler=hosted.scheduler).save_pretrained(temporary)  # type: ignore[call-arg]
     else:
@@ -178,7 +184,7 @@ def export_lora(
 
 def reads_adapters(teacher: Teacher) -> bool:
     """Whether the teacher's pipeline has ``load_lora_weights``."""
-    return issubclass(pipeline_class(teacher.index), LoraBaseMixin)
+    return teacher.family is not PLAIN and issubclass(pipeline_class(teacher.index), LoraBaseMixin)
 
 
 def save_adapters(network: Any, folder: Path, teacher: Teacher) -> None:  # noqa: ANN401

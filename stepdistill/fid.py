@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--guidance-scale", type=float, default=1.0, help="of a teacher")
     gen.add_argument("--repeats", type=positive, help="sets of images, in place of the protocol's")
     gen.add_argument("--save-images", type=Path, metavar="DIR", help="also keep the images, as PNG")
-    gen.add_argument("--trust-remote-code", action="store_true", help="run the pipeline file that a student comes with")
+    gen.add_argument("--trust-remote-code", action="store_true", help="run the code that a student comes with or names")
     ref = command("ref", _ref, "write the statistics of reference images", "ref IMAGES --preset clean --out stats.npz")
     ref.add_argument("images", metavar="IMAGES", help="the reference images")
     ref.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz, or EDM2's .pkl by `convert`")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .backbones import Family
 from .backbones.conditioned import Conditioned
 from .backbones.dit import DIT
+from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .denoiser import Denoiser
@@ -81,7 +82,7 @@ class Plan:
     """How a student will be hosted by stock diffusers; made before training, so that nothing is trained in vain."""
 
     pipeline: type[DiffusionPipeline] | None
-    """``None`` is the teacher's own."""
+    """``None`` is the teacher's own; a plain network has none."""
     scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler | None
     """``None`` is the teacher's own, which a student with a ``grid`` does not use."""
     steps: int
@@ -122,6 +123,11 @@ def plan(
         UserError: stock diffusers has no place for this student.
     """
     first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
+    if family is PLAIN:
+        if own_code:
+            raise UserError("export.own_code writes a diffusers pipeline, which a plain network has not; remove it")
+        first = replace(first, input=1.0)  # its own sampler runs it, so there is nothing to fold
+        return Plan(None, None, len(sampler.times), first, first.output, first.label)
     try:
         return _stock_plan(denoiser, sampler, first, classes=classes, family=family)
     except UserError as error:

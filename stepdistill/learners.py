@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -117,6 +118,15 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         raise UserError(
             f"training.compile: no backend {training.compile!r}; there are {', '.join(torch._dynamo.list_backends(()))}"
         )
+    if conditioned and not time_embeddings(network):
+        raise UserError(
+            f"{type(network).__name__} has no place where a student can be told a second time, or a scale drawn from a "
+            "range: a diffusers TimestepEmbedding named time_embedding; take another method, or one guidance scale"
+        )
+    if training.gradient_checkpointing and not isinstance(network, ModelMixin):
+        raise UserError(
+            "training.gradient_checkpointing is of diffusers' networks; remove it, and checkpoint in your own forward"
+        )
     if training.attention:
         _check_attention(network, training.attention)
     if training.lora and (training.quantize_teacher or training.offload_teacher):
@@ -137,7 +147,8 @@ def _check_attention(network: nn.Module, backend: str) -> None:
     names = sorted(name.value for name in AttentionBackendName)
     if backend not in names:
         raise UserError(f"training.attention: no backend {backend!r}; there are {', '.join(names)}")
-    if not any(isinstance(module, AttentionModuleMixin) for module in network.modules()):
+    chooses = any(isinstance(module, AttentionModuleMixin) for module in network.modules())
+    if not (chooses and isinstance(network, ModelMixin)):
         raise UserError(f"training.attention: {type(network).__name__} leaves no choice of attention; remove it")
     try:
         cast(Any, network).set_attention_backend(backend)

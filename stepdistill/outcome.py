@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
 from .config import Config, Evaluate
 from .data import DataFree
@@ -24,6 +25,7 @@ from .export import Host, empty_parts, export, export_lora, reads_adapters
 from .hosting import Plan
 from .metrics.ranks import rank_and_world
 from .own_code import code_of
+from .plain_student import plain_usage
 from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .sources import is_local
@@ -132,6 +134,8 @@ class Outcome:
 
     def _usage(self, place: Path, hosted: Plan, folder: Path) -> str:
         """The lines that use the student in ``folder``, once it is at ``place``."""
+        if self.teacher.family is PLAIN:
+            return plain_usage(place, self.teacher)
         code = code_of(folder)
         return usage(
             place,

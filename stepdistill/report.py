@@ -20,6 +20,7 @@ from .evaluation import Measurement
 from .images import to_picture, to_uint8
 from .metrics.base import Value
 from .metrics.protocols import Protocol
+from .plain import PYTHON
 from .sources import is_local
 
 mpl.use("Agg")
@@ -214,7 +215,7 @@ def card(
     """The model card of a student or its adapters: what it is, the lines that ``use`` it, its recipe, its ``table``."""
     hub_id = None if is_local(config.teacher) else config.teacher
     data = ModelCardData(
-        library_name="diffusers",
+        library_name="stepdistill" if config.teacher.startswith(PYTHON) else "diffusers",
         pipeline_tag="text-to-image" if config.data.prompts else "unconditional-image-generation",
         tags=[
             "stepdistill",

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .backbones import Family
 from .backbones.family import square
+from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
 from .conditions import in_turn
 from .config import Data
@@ -22,6 +22,7 @@ from .decoder import Decoder
 from .errors import UserError
 from .hybrid import HybridSampler, trace_ode, trace_x0
 from .images import to_picture, to_uint8
+from .plain_student import WEIGHTS, rebuilt
 from .prompts import read_prompts
 from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
 from .sources import DESCRIPTION, read_index
@@ -56,7 +57,7 @@ class Sampling:
     trace: bool = False
     """Whether to see what every call predicts, in place of the sample alone."""
     trust_remote_code: bool = False
-    """Run the pipeline file that a student comes with."""
+    """Run the pipeline file that a student comes with, or the function that builds its network."""
 
 
 def sample(asked: Sampling, output: Path, *, count: int = 64, first_id: int = 0, batch_size: int = 64) -> Path:
@@ -90,6 +91,8 @@ def tracing(asked: Sampling) -> Traces:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if asked.teacher_first:
         return _hybrid(asked, device)
+    if family is PLAIN:
+        return _plain(asked, device)
     if family and family is not UNET2D:
         return _placed(asked, family, device)
     return _student(asked, device) if family else _teacher(asked, device)
@@ -98,6 +101,8 @@ def tracing(asked: Sampling) -> Traces:
 def _family(source: str) -> Family:
     """Of an exported student; a folder that is none is refused later, with the reason."""
     index = Path(source) / "model_index.json"
+    if (Path(source) / WEIGHTS).is_file():
+        return PLAIN
     return read_index(index, source, student=True)[1] if index.is_file() else UNET2D
 
 
@@ -125,8 +130,8 @@ def _check_student(asked: Sampling, family: Family) -> None:
         raise UserError(f"{asked.source} reads no prompts; remove --prompt")
     if asked.labels is not None and reads:
         raise UserError(f"{asked.source} reads prompts; remove --labels")
-    if (asked.teacher_first or asked.trace) and family is not UNET2D:
-        raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE")
+    if (asked.teacher_first and family is not UNET2D) or (asked.trace and family not in (UNET2D, PLAIN)):
+        raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE or plain networks")
 
 
 def _refuse_occupied(*folders: Path | None) -> None:
@@ -153,7 +158,8 @@ def _write(traces: Traces, ids: range, batch_size: int, output: Path, pictures: 
 def _student(asked: Sampling, device: torch.device) -> Traces:
     """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
     pipeline, sampler, *_ = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
-    data, calls = _draws(asked, pipeline.unet, device), len(sampler.times)
+    config, calls = pipeline.unet.config, len(sampler.times)
+    data = _draws(asked, square(config), config["num_class_embeds"], device)
 
     def images(ids: Sequence[int]) -> Tensor:
         generators = SampleNoise(ids, data.shape).generators
@@ -198,6 +204,20 @@ def _placed(asked: Sampling, family: Family, device: torch.device) -> Traces:
     return images
 
 
+def _plain(asked: Sampling, device: torch.device) -> Traces:
+    """A student of a plain network, by its sampler."""
+    student, decode = rebuilt(asked.source, trust_remote_code=asked.trust_remote_code)
+    student.denoiser.network.to(device)
+    data = _draws(asked, student.shape, student.classes, device)
+
+    def traces(ids: Sequence[int]) -> Tensor:
+        noise = SampleNoise(ids, data.shape, device=device)
+        seen = trace_x0(student.sampler.trace(student.denoiser, noise(), data.cond(ids), renoise=noise))
+        return torch.stack([decode(each) for each in (seen if asked.trace else seen[:, -1:]).unbind(1)], dim=1)
+
+    return traces
+
+
 def _teacher(asked: Sampling, device: torch.device) -> Traces:
     """A teacher's ODE."""
     teacher, steps = load_teacher(asked.source), 50 if asked.steps is None else asked.steps
@@ -225,9 +245,10 @@ def _hybrid(asked: Sampling, device: torch.device) -> Traces:
     """The teacher's first steps, then the student's calls."""
     source = asked.source
     pipeline, recorded, label, _ = exported(source, device)
-    data = _draws(asked, pipeline.unet, device)
+    shape, classes = square(pipeline.unet.config), pipeline.unet.config["num_class_embeds"]
+    data = _draws(asked, shape, classes, device)
     teacher, guided = teacher_of(source, asked.teacher, device)
-    if (teacher.sample_shape, teacher.classes) != (data.shape, pipeline.unet.config["num_class_embeds"]):
+    if (teacher.sample_shape, teacher.classes) != (shape, classes):
         raise UserError(f"{teacher.source} and {source} differ in the size of a sample or the number of classes")
     if len(recorded.times) == 1:
         student, recorded = one_step(source, pipeline, recorded, label, teacher.denoiser.process)
@@ -250,7 +271,6 @@ def _hybrid(asked: Sampling, device: torch.device) -> Traces:
     return traces
 
 
-def _draws(asked: Sampling, unet: UNet2DModel, device: torch.device) -> DataFree:
-    classes = unet.config["num_class_embeds"]
+def _draws(asked: Sampling, shape: tuple[int, ...], classes: int | None, device: torch.device) -> DataFree:
     told = Data(class_labels=asked.labels or (None if classes is None else "uniform"))
-    return draws(square(unet.config), class_labels(asked.source, classes, told), device)
+    return draws(shape, class_labels(asked.source, classes, told), device)

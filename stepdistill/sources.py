@@ -15,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError
 from .backbones import FAMILIES, Family
 from .bundled import BUILTIN, bundled
 from .errors import UserError, first_line
+from .plain import PYTHON
 from .schedulers import SUPPORTED
 
 PIPELINES = (*(name for family in FAMILIES for name in family.pipelines), "LatentConsistencyModelPipeline")
@@ -78,8 +79,8 @@ def part(folder: Path, name: str) -> Path:
 
 
 def is_local(source: str) -> bool:
-    """Whether ``source`` is bundled or a folder here, and no hub id."""
-    return source.startswith(BUILTIN) or Path(source).expanduser().is_dir()
+    """Whether ``source`` is bundled, a function or a folder here, and no hub id."""
+    return source.startswith((BUILTIN, PYTHON)) or Path(source).expanduser().is_dir()
 
 
 def components(index: dict[str, Any]) -> dict[str, str | None]:

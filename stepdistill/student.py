@@ -22,6 +22,7 @@ from .denoiser import Denoiser
 from .errors import UserError, first_line
 from .export import empty_parts
 from .own_code import runs_own_code
+from .plain import PYTHON
 from .process import NoiseProcess
 from .samplers import StudentSampler
 from .schedulers import read_scheduler
@@ -111,6 +112,8 @@ def teacher_of(source: str, given: str | None, device: torch.device) -> tuple[Te
     name = given or told.get("teacher")
     if not isinstance(name, str):
         raise UserError(f"the model card of {source} names no teacher; give it with --teacher")
+    if name.startswith(PYTHON) and not given:
+        raise UserError(f"{source}/README.md names code as its teacher, which is not run; say --teacher {name}")
     try:
         teacher = load_teacher(name)
     except UserError as error:

@@ -1,7 +1,8 @@
-"""Teachers: a diffusers pipeline folder or hub id, read as a ``Denoiser``."""
+"""Teachers: a diffusers pipeline folder or hub id, or a network of the user's own, read as a ``Denoiser``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,16 +10,18 @@ from typing import Any, cast
 import diffusers
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from .backbones import Family
+from .backbones.plain import PLAIN
 from .conditions import Cond
 from .config import Data, Precision
 from .denoiser import Denoiser, Guidance
 from .errors import UserError, first_line
+from .plain import PYTHON, check_plain, plain_of
 from .process import VP
 from .schedulers import read_scheduler
-from .sources import locate, part, read_index, read_json, whole
+from .sources import components, locate, part, read_index, read_json, whole
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,11 @@ class Teacher:
     """A frozen pipeline: where it came from, and its network read as a denoiser."""
 
     source: str
-    """Folder or hub id as the user gave it."""
+    """Folder, hub id or function as the user gave it."""
     folder: Path
-    """Where its files are."""
+    """Where its files are, if it has any."""
     index: dict[str, Any]
-    """Its ``model_index.json``."""
+    """Its ``model_index.json``; empty for a plain network, as it is no pipeline."""
     family: Family
     denoiser: Denoiser
     network: Any
@@ -40,11 +43,15 @@ class Teacher:
     """Pixels of a picture per pixel of a sample, along each side."""
     classes: int | None
     """Number of class labels; ``None`` for a network without."""
+    embeds_guidance: bool = False
+    """Whether the network is told a guidance scale, instead of being called twice."""
+    decode: Callable[[Tensor], Tensor] | None = None
+    """Makes pictures of samples, see ``Plain``."""
 
     @property
     def makes_latents(self) -> bool:
-        """Whether a VAE makes pictures of the samples."""
-        return (self.folder / "vae").is_dir()
+        """Whether a VAE, or ``decode``, makes pictures of the samples."""
+        return self.decode is not None or bool(components(self.index).get("vae"))
 
     @property
     def picture_size(self) -> int:
@@ -56,11 +63,6 @@ class Teacher:
         """Steps for pictures of this teacher: 50, or every entry of a shorter table."""
         process = self.denoiser.process
         return min(50, len(process.alphas_cumprod)) if isinstance(process, VP) else 50
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether the network is told a guidance scale, instead of being called twice."""
-        return self.family.embeds_guidance(self.network.config)
 
     def guided(self, data: Data, null: Cond | None = None, *, two_passes: bool = False) -> Denoiser:
         """The denoiser with the guidance that ``data`` asks for.
@@ -104,7 +106,8 @@ def load_teacher(
     """Load a frozen teacher on the CPU; its text encoders and VAE stay on disk.
 
     Args:
-        source: a pipeline folder, a hub id, or a bundled teacher such as ``builtin:digits``.
+        source: a pipeline folder, a hub id, a bundled teacher such as ``builtin:digits``, or a Python function, which
+            is run, see ``plain_of``.
         resolution: height and width of its pictures in pixels; the pipeline's own by default.
         dtype: of its weights.
         weights: ``False`` reads settings alone: the network is on the meta device.
@@ -113,6 +116,8 @@ def load_teacher(
         UserError: nothing there, or a pipeline, network or scheduler that is not supported; raised from the
             settings files, before weights are downloaded or read.
     """
+    if source.startswith(PYTHON):
+        return _plain(source, resolution, dtype, weights=weights)
     folder = locate(source)
     index, family = read_index(folder / "model_index.json", source)
     config = _config(folder, family, source)
@@ -143,6 +148,29 @@ def load_teacher(
         sample_shape=shape,
         scale=scale,
         classes=family.classes(config),
+        embeds_guidance=family.embeds_guidance(config),
+    )
+
+
+def _plain(source: str, resolution: int | None, dtype: Precision, *, weights: bool) -> Teacher:
+    """The network that a function returns, which is asked also where the weights are of no use."""
+    plain = plain_of(source)
+    network = plain.network.to("cpu", getattr(torch, dtype)).eval().requires_grad_(False)
+    scale = check_plain(plain, source)
+    if resolution not in (None, plain.shape[1] * scale):
+        raise UserError(f"data.resolution={resolution}: {source} makes {plain.shape[1] * scale} only; remove it")
+    network = network if weights else network.to("meta")
+    return Teacher(
+        source=source,
+        folder=Path(),
+        index={},
+        family=PLAIN,
+        denoiser=Denoiser(network, plain.process, plain.target, PLAIN.call, sigma_data=plain.sigma_data),
+        network=network,
+        sample_shape=plain.shape,
+        scale=scale,
+        classes=plain.classes,
+        decode=plain.decode,
     )
 
 

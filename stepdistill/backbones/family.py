@@ -28,7 +28,7 @@ class Family:
 
     pipelines: tuple[str, ...]
     """Names of the pipeline classes."""
-    component: Literal["unet", "transformer"]
+    component: Literal["unet", "transformer", "network"]
     """The network's place in the pipeline."""
     network: type[Any]
     """Its class."""
