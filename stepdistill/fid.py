@@ -170,10 +170,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
 def _shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preset", metavar="NAME", help="protocol; digits against builtin:digits, clean otherwise, by default")

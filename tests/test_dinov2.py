@@ -100,7 +100,9 @@ def test_positions_are_interpolated_at_the_scale_of_facebookresearch(tmp_path):
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (512, 512), (300, 200)])
 def test_the_exact_form_resizes_as_pillow_does(small, height, width):
     images = noise(height, width)
-    resized = [np.asarray(to_picture(image).resize((224, 224), Image.Resampling.BICUBIC)) for image in images]
+    # Rows first, as when these values were published: Pillow 13 turns the order round for some shapes.
+    rows = [to_picture(image).resize((224, height), Image.Resampling.BICUBIC) for image in images]
+    resized = [np.asarray(picture.resize((224, 224), Image.Resampling.BICUBIC)) for picture in rows]
     resized = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
     network = extractor(small[1], "dinov2-vit-l-14-pillow")
     torch.testing.assert_close(network(images).features, network(resized).features, rtol=0, atol=0)
