@@ -126,6 +126,16 @@ def test_the_numbers_of_the_page_are_those_of_the_files(tmp_path):
     assert "1.53125 ± 0.0625" in page.values("span", "title"), "the whole number is a tooltip"
 
 
+def test_teacher_and_student_stand_against_their_network_calls(tmp_path):
+    page = page_of(make_run(tmp_path / "run", measured=[*MEASURED, measurement("teacher, 10 steps", 10, 2.5, 300.0)]))
+    assert "fd-digits-v1 against network calls" in page.text
+    drawn = [
+        page.text.index(f"teacher of run: {told}") for told in ("2.5, teacher, 10 steps", "0.4688, teacher, 50 steps")
+    ]
+    assert drawn == sorted(drawn), "a line goes from left to right"
+    assert "run: 1.531, student" in page.text
+
+
 def test_prompt_accuracy_has_a_column_where_it_was_measured(tmp_path):
     page = page_of(make_run(tmp_path / "run", measured=[measurement("student", 1, 1.5, 100.0, 0.9425)]))
     assert page.row("student")[3] == "94.2%"

@@ -94,7 +94,8 @@ def curves(runs: Sequence[RunFolder]) -> Markup:
     names = sorted({name for run in runs for line in run.rows for name in line} - {*X, *measured})
     losses = [name for name in names if name.endswith("/loss")]
     others = [name for name in names if name not in losses]
-    parts = [_on_the_way(runs, measured)] if measured else []
+    parts = [_by_calls(runs)] if any(run.generators for run in runs) else []
+    parts += [_on_the_way(runs, measured)] if measured else []
     for title, chosen in (("Losses", losses), ("Learning signals", others)):
         if chosen:
             charts = element("div", {"class": "charts"}, *(_signal(runs, name) for name in chosen))
@@ -114,6 +115,37 @@ def _reading(runs: Sequence[RunFolder]) -> str:
 def _measured(rows: Sequence[dict[str, float]]) -> list[str]:
     """Names of what was measured of students."""
     return [name for name in dict.fromkeys(name for line in rows for name in line) if "/" not in name and name not in X]
+
+
+def _by_calls(runs: Sequence[RunFolder]) -> Markup:
+    """What was measured at the end, of teachers in several numbers of steps and of their students."""
+    names = dict.fromkeys(name for run in runs for one in run.generators for name in one.figures)
+    charts = [
+        _figure(
+            f"{name} against network calls",
+            [line for style, run in enumerate(runs) for line in _ends(run, style, name)],
+            "network calls per image",
+        )
+        for name in names
+    ]
+    note = "A line joins the teacher's numbers of steps; the point by itself is the student."
+    return join(
+        element("h3", {}, "Against network calls"),
+        _legend(runs),
+        element("div", {"class": "charts"}, *charts),
+        element("p", {"class": "note"}, note),
+    )
+
+
+def _ends(run: RunFolder, style: int, name: str) -> list[Line]:
+    """The teacher's line and the student's point."""
+    found = [one for one in run.generators if name in one.figures and drawable(one.figures[name].value)]
+    points = {
+        one.label: Point(one.network_calls, one.figures[name].value, f"{one.figures[name].value:.4g}, {one.label}")
+        for one in sorted(found, key=lambda one: one.network_calls)
+    }
+    student = [points.pop("student")] if "student" in points else []
+    return [Line(f"teacher of {run.name}", style, list(points.values())), Line(run.name, style, student)]
 
 
 def _on_the_way(runs: Sequence[RunFolder], names: Sequence[str]) -> Markup:
