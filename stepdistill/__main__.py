@@ -24,9 +24,9 @@ def _parser() -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for declare in (_declare_distill, _declare_teacher, _declare_sample, _declare_export, _declare_report):
+    every = _declare_distill, _declare_teacher, _declare_sample, _declare_export, _declare_report, _declare_push
+    for declare in every:
         declare(commands)
-    _declare_push(commands)
     # The evaluator parses its own arguments, so that `python eval/fid.py` and this command are one.
     commands.add_parser("fid", help="score images or a pipeline: FID, CLIP score and the rest", add_help=False)
     _declare_configs(commands)

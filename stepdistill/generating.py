@@ -49,12 +49,12 @@ def gen(
     protocol = run.protocol
     if protocol.quantisation == "none":
         raise UserError(f"{protocol.name} scores images that are not rounded, which gen does not make")
+    if options.features is not None and protocol.repeats > 1:
+        raise UserError("--features keeps one set of images; add --repeats 1")
     if save_images is not None:
         _save([], [], save_images)
     traces = tracing(asked)
     made = Generated(traces, protocol, options.batch_size, save_images)
-    if options.features is not None and protocol.repeats > 1:
-        raise UserError("--features keeps one set of images; add --repeats 1")
     found = [
         run.measured(made.stream(number * protocol.samples), protocol.samples, asked.source)
         for number in range(protocol.repeats)
