@@ -119,6 +119,8 @@ class Training(Section):
     quantize_teacher: Annotated[str, AfterValidator(_bits)] | None = None
     """Linear layers of the frozen teacher in eight bits (``int8``, torchao) or four (``nf4``, bitsandbytes), or the
     path of a ``.gguf`` file with its weights; what learns starts from the pipeline's whole weights."""
+    teacher_device: str | None = None
+    """Another device for the teacher (``cuda:1``), of a run of one process; null is the run's own."""
     offload_teacher: bool = False
     """Keep the teacher in the memory of the CPU but for the turns that ask it."""
     attention: str | None = None

@@ -103,6 +103,8 @@ class Denoiser:
     """Finds the innermost layer of the network, where it has one."""
     at_once: int | None = None
     """Rows that the network takes in one call, of those that it is given; ``None`` is all."""
+    device: str | None = None
+    """Where the network is, if not where the states are."""
 
     @property
     def process(self) -> NoiseProcess:
@@ -173,15 +175,15 @@ class Denoiser:
         return uncond + scale * (conditional - uncond)
 
     def _called(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
-        """The network's output in at least float32; a network in half precision is told so."""
+        """The network's output in at least float32; it is told in its own precision, on its own device."""
         if self.at_once is not None and len(x) > self.at_once:
             parts = [slice(start, start + self.at_once) for start in range(0, len(x), self.at_once)]
             return torch.cat([self._called(x[part], label[part], select(cond, part)) for part in parts])
         weight = next(filter(Tensor.is_floating_point, self.network.parameters()), x)
-        if weight.dtype in (torch.bfloat16, torch.float16):
-            x = x.to(weight.dtype)
-            cond = {key: value.to(x.dtype) if value.is_floating_point() else value for key, value in cond.items()}
-        return _full_precision(self.call(self.network, x, label, cond))
+        half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
+        told = {key: value.to(self.device, half if value.is_floating_point() else None) for key, value in cond.items()}
+        output = self.call(self.network, x.to(self.device, half), label.to(self.device), told)
+        return _full_precision(output.to(x.device))
 
     def _input_scale(self, s: Tensor) -> Tensor | float:
         """``c_in`` of the EDM preconditioning, 1 elsewhere."""

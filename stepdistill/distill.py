@@ -29,7 +29,7 @@ from .export import save_adapters, single_time
 from .learners import networks, tune
 from .lora import merged
 from .outcome import Outcome
-from .preflight import check_launch, check_output, check_trackers, checked
+from .preflight import check_launch, check_output, check_teacher_device, check_trackers, checked
 from .quantization import quantized
 from .recipe import parse
 from .report import read_history
@@ -93,6 +93,7 @@ class Run:
             # The other processes wait while the main one exports.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
+        check_teacher_device(config.training.teacher_device, self.accelerator.num_processes)
         set_seed(config.seed, device_specific=True)
         with self.accelerator.main_process_first():  # the others read the prompts that it has encoded
             self.data = data_free(self.teacher, config.data, self.accelerator.device)
@@ -100,7 +101,8 @@ class Run:
             self.data = replace(self.data, images=images.to(self.accelerator.device))
         self.teacher.denoiser.network.to(self.accelerator.device)
         two_passes = config.training.guidance_in_two_passes
-        self.taught = self.teacher.guided(config.data, self.data.null, two_passes=two_passes)
+        taught = self.teacher.guided(config.data, self.data.null, two_passes=two_passes)
+        self.taught = replace(taught, device=config.training.teacher_device)
         self.outcome, told = Outcome(config, self.teacher, self.taught, self.data), config.evaluate
         self.best = Best(self.folder / "best", told) if told and told.best else None
         self._since: dict[str, list[float]] = {}

@@ -101,7 +101,7 @@ class Rehearsal:
 
     @property
     def memory(self) -> int:
-        """Bytes on each device."""
+        """Bytes on each device, or on all that one process has."""
         return sum(role.resident for role in self.roles.values()) + self.peak
 
     def lines(self, stage: Stage, tflops: float) -> list[str]:
@@ -113,12 +113,16 @@ class Rehearsal:
         ]
         seconds = self.flops / (tflops * 1e12)
         batch = f"{training.batch_size} x {training.gradient_accumulation}"
+        apart = training.teacher_device
+        where = (
+            f"two devices, the teacher's {_size(self.roles['teacher'].resident)} on {apart}" if apart else "each device"
+        )
         return [
             f"  {'network':<12}{'weights':>12}{'learning':>13}{'memory':>13}",
             *rows,
             f"  a step: batch {batch} on each device, {_size(self.peak)} of activations and gradients, "
             f"{self.flops / 1e12:.3g} TFLOP",
-            f"  together {_size(self.memory)} on each device; {stage.steps} steps, at {tflops:g} TFLOP/s about "
+            f"  together {_size(self.memory)} on {where}; {stage.steps} steps, at {tflops:g} TFLOP/s about "
             f"{seconds:.2g} s each, {seconds * stage.steps / 3600:.2g} hours",
         ]
 

@@ -129,9 +129,11 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         )
     if training.attention:
         _check_attention(network, training.attention)
-    if training.lora and (training.quantize_teacher or training.offload_teacher):
+    if training.teacher_device and training.offload_teacher:
+        raise UserError("training.teacher_device is where the teacher stays; remove it, or training.offload_teacher")
+    if training.lora and (training.quantize_teacher or training.offload_teacher or training.teacher_device):
         raise UserError(
-            "training.quantize_teacher and training.offload_teacher are for a teacher whose memory nobody shares; "
+            "training.quantize_teacher, offload_teacher and teacher_device need a teacher whose memory nobody shares; "
             f"adapters rest on it: remove training.lora of {', '.join(training.lora)}, or set teacher_dtype=bfloat16"
         )
     if training.quantize_teacher:

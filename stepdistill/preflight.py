@@ -9,12 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
+import torch
 from accelerate.utils import LoggerType, str_to_bool
 
 from .config import Config, Evaluate, RealData, Stage, Training
 from .data import check_conditions
 from .denoiser import Denoiser
-from .errors import UserError
+from .errors import UserError, first_line
 from .hosting import Plan, plan
 from .learners import check_learners
 from .lora import check_lora
@@ -74,6 +75,24 @@ def check_output(folder: Path, *, resume: bool) -> None:
         raise UserError(f"output_dir {folder} holds another run; choose another, or continue it with resume=true")
     if resume and not occupied:
         raise UserError(f"nothing to resume: output_dir {folder} is empty or does not exist")
+
+
+def check_teacher_device(name: str | None, processes: int) -> None:
+    """Refuse a device that this machine lacks, and one teacher's device for several processes.
+
+    Raises:
+        UserError: as said.
+    """
+    if name is None:
+        return
+    if processes > 1:
+        raise UserError(
+            "training.teacher_device is for a run of one process; remove it, as every process has a teacher"
+        )
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"training.teacher_device={name}: {first_line(error)}") from None
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -172,7 +191,7 @@ def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
             f"data.guidance_scale: the other network of {method.name} must be told the scale that a sample drew, which "
             "adapters and networks that a method goes back to cannot be; give one scale"
         )
-    shared = {"teacher_dtype", "quantize_teacher", "offload_teacher", "attention"}
+    shared = {"teacher_dtype", "quantize_teacher", "teacher_device", "offload_teacher", "attention"}
     run = config.training.model_dump(include=shared)
     if apart := [key for key, value in training.model_dump(include=shared).items() if value != run[key]]:
         raise UserError(f"the stages share one teacher; set training.{apart[0]} of the run alone")

@@ -73,13 +73,13 @@ class Trainer:
         self.schedules: dict[str, Any] = {}
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        tune(teacher.network.requires_grad_(False).eval().to(accelerator.device), training)
+        tune(teacher.network.requires_grad_(False).eval().to(teacher.device or accelerator.device), training)
         self.progress = Progress()
         self.learners: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         teacher = replace(teacher, at_once=training.frozen_batch_size)
         self.frozen: dict[str, Denoiser] = {"teacher": teacher}
-        bare = replace(teacher, guidance=None)
+        bare = replace(teacher, guidance=None, device=None)
         for role, network in networks.items():
             tune(network.eval().to(accelerator.device), training)
             twin = sharing(network)
@@ -98,7 +98,8 @@ class Trainer:
             accelerator.register_for_checkpointing(schedule)
             self.schedules[role] = schedule
         for role in method.frozen_roles:
-            self.frozen[role] = replace(bare, network=compiled(copy.deepcopy(teacher.network), training))
+            network = compiled(copy.deepcopy(teacher.network), training)
+            self.frozen[role] = replace(bare, network=network, device=teacher.device)
         compiled(teacher.network, training)
         self._teacher_away: Callable[[], object] = lambda: None
         if training.offload_teacher:  # after copies were made of it

@@ -189,7 +189,7 @@ def test_an_attention_backend_that_computes_the_same_changes_nothing(tmp_path):
         ({"attention": "flsh"}, "no backend 'flsh'; there are .*flash"),
         ({"attention": "flash"}, "UNet2DModel leaves no choice of attention"),
         ({"quantize_teacher": "int8", "lora": {"fake": {}}}, "adapters rest on it: remove training.lora of fake"),
-        ({"offload_teacher": True, "lora": {"fake": {}}}, "whose memory nobody shares"),
+        ({"offload_teacher": True, "lora": {"fake": {}}}, "need a teacher whose memory nobody shares"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
