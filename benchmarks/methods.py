@@ -49,11 +49,16 @@ FEW_STEPS = {
     "digits_sid_2": ("digits_sid_few_step", "method.steps=2"),
     "digits_dmd_2": ("digits_dmd", "method.steps=2", "method.init_ratio=2.5"),
     "digits_dmd_4": ("digits_dmd", "method.steps=4", "method.init_ratio=2.5"),
+    "digits_swiftbrush_2": ("digits_swiftbrush", "method.steps=2", "method.init_ratio=2.5"),
+    "digits_swiftbrush_4": ("digits_swiftbrush", "method.steps=4", "method.init_ratio=2.5"),
+    "digits_tbcm_2": ("digits_tbcm", "method.steps=2"),
+    "digits_tbcm_4": ("digits_tbcm", "method.steps=4"),
     "digits_tscd_2": ("digits_tscd", "method.segments=[8,4,2]", "method.stage_steps=[640,640]"),
     "digits_tscd_4": ("digits_tscd", "method.segments=[8,4]", "method.stage_steps=[1000]"),
 }
 """The same with more calls, where a method has them: a recipe and what it is told."""
 TEACHER_STEPS = (50, 32, 16, 8, 4, 2, 1)
+_LINES = {1: "-", 2: "--", 4: ":"}
 
 
 class Counter:
@@ -88,12 +93,12 @@ class Cost:
         return self.recorded + max(1, round((units - self.recording * self.recorded) / self.learning))
 
 
-def cost_of(config: Config, steps: int = 8) -> Cost:
-    """What the steps of a recipe cost, the mean over a few of them."""
+def cost_of(config: Config, steps: int = 40) -> Cost:
+    """What the steps of a recipe cost: the mean over some of them, but for what is paid once (TSCD's first states)."""
     from stepdistill.distill import Run
 
     run = Run(config.model_copy(update={"output_dir": Path("unused")}))
-    counter, method, recorded, looked = Counter(run.taught.call), run.stage.method, 0, 0
+    counter, method, recorded, looked = Counter(run.taught.call), run.stage.method, 0, 1
     if isinstance(method, DisBack):
         recorded, looked = method.record_steps, method.points
         method = replace(method, record_steps=looked, switch_every=1)
@@ -108,7 +113,7 @@ def cost_of(config: Config, steps: int = 8) -> Cost:
     )
     for _ in range(looked):
         trainer.step()
-    recording, counter.units = counter.units / max(looked, 1) / 1000, 0.0
+    recording, counter.units = counter.units / looked / 1000, 0.0
     for _ in range(steps):
         trainer.step()
     return Cost(recorded, recording, counter.units / steps / 1000)
@@ -145,7 +150,8 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     )
     subprocess.run([sys.executable, "-c", code, name, *overrides], check=True)
     peak = int((folder / "peak").read_text()) // 1024
-    done.write_text(json.dumps({"cost": asdict(cost), "steps": steps, "peak_mb": peak}))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    done.write_text(json.dumps({"cost": asdict(cost), "steps": steps, "peak_mb": peak, "commit": commit}))
 
 
 def phases(method: object, share: float) -> list[str]:
@@ -197,46 +203,54 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), error
 
 
+def title(name: str) -> str:
+    """The recipe and what it is told first, as one types it."""
+    recipe, *told = FEW_STEPS.get(name, (name,))
+    return " ".join([recipe, *told[:1]])
+
+
 def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The table, in Markdown."""
+    """The table, in Markdown: means over seeds, of the rarest class the least and of the memory the most."""
     lines = [
-        "| recipe | calls | FD (+- error) | seeds | least class | diversity | images/s | minutes | peak MB | steps |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| recipe | calls | distance | rarest digit | diversity | images/s | steps | minutes | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in sorted(runs.items(), key=lambda item: mean_and_error([r["fd"] for r in item[1]])[0]):
         fd, error = mean_and_error([row["fd"] for row in rows])
-        shown = f"{fd:.2f} +- {error:.2f}" if len(rows) > 1 else f"{fd:.2f}"
+        shown = f"{fd:.2f} ± {error:.2f}" if len(rows) > 1 else f"{fd:.2f}"
         lines.append(
-            f"| {name} | {rows[0]['calls']} | {shown} | {len(rows)} | {min(r['least_class'] for r in rows):.3f} "
+            f"| `{title(name)}` | {rows[0]['calls']} | {shown} | {100 * min(r['least_class'] for r in rows):.1f} % "
             f"| {statistics.mean(r['diversity'] for r in rows):.1f} "
-            f"| {statistics.mean(r['images_per_second'] for r in rows):.0f} "
-            f"| {statistics.mean(r['seconds'] for r in rows) / 60:.1f} | {max(r['peak_mb'] for r in rows)} "
-            f"| {rows[0]['steps']} |"
+            f"| {statistics.mean(r['images_per_second'] for r in rows):.0f} | {rows[0]['steps']} "
+            f"| {statistics.mean(r['seconds'] for r in rows) / 60:.1f} | {max(r['peak_mb'] for r in rows)} |"
         )
     return "\n".join(lines)
 
 
 def plot(runs: dict[str, list[dict[str, Any]]], teacher: list[dict[str, Any]], path: Path) -> None:
-    """Distance against network calls and against seconds, the teacher as reference lines."""
+    """Distance against network calls and against seconds, mean and error; the teacher as reference lines."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    colours = {recipe: f"C{k}" for k, recipe in enumerate(sorted({title(name).split()[0] for name in runs}))}
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
     for axis, index, label in ((axes[0], 0, "thousand rows through a network"), (axes[1], 1, "seconds of training")):
         for name, rows in runs.items():
-            points = [
-                tuple(statistics.mean(r["curve"][k][i] for r in rows) for i in (index, 2))
-                for k in range(min(len(r["curve"]) for r in rows))
-            ]
-            axis.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix("digits_"))
+            length = min(len(row["curve"]) for row in rows)
+            x = [statistics.mean(row["curve"][k][index] for row in rows) for k in range(length)]
+            seen = [mean_and_error([row["curve"][k][2] for row in rows]) for k in range(length)]
+            style = {"color": colours[title(name).split()[0]], "linestyle": _LINES[rows[0]["calls"]]}
+            axis.errorbar(
+                x, *zip(*seen, strict=True), elinewidth=0.6, label=title(name).removeprefix("digits_"), **style
+            )
         for row in teacher:
             axis.axhline(row["fd"], color="grey", linewidth=0.5)
             axis.annotate(f"{row['steps']}", (1, row["fd"]), xycoords=("axes fraction", "data"), fontsize=7)
         axis.set(yscale="log", xlabel=label)
     axes[0].set_ylabel("fd-digits-v1 at 1,000 samples (grey: teacher, steps)")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.04, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
