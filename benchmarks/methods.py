@@ -7,6 +7,8 @@ graph costs two more for gradients of the weights, one more for the gradient of 
 factors).  A recipe's first steps are counted, and its length is set so that every run spends ``--units``
 thousand rows.  Runs live under ``--runs`` and are skipped when finished and continued when interrupted, so the
 command can be stopped and started at will; table and plot come at the end, or with ``--report`` at any time.
+Rows of other runs at the same cost stay in them.  Runs may share a busy machine: minutes and images per second are
+measured apart, in turn.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,6 +61,8 @@ FEW_STEPS = {
 }
 """The same with more calls, where a method has them: a recipe and what it is told."""
 TEACHER_STEPS = (50, 32, 16, 8, 4, 2, 1)
+Runs = dict[str, list[dict[str, Any]]]
+"""What every seed of a row reached."""
 _LINES = {1: "-", 2: "--", 4: ":"}
 
 
@@ -93,30 +98,67 @@ class Cost:
         return self.recorded + max(1, round((units - self.recording * self.recorded) / self.learning))
 
 
-def cost_of(config: Config, steps: int = 40) -> Cost:
-    """What the steps of a recipe cost: the mean over some of them, but for what is paid once (TSCD's first states)."""
-    from stepdistill.distill import Run
+class Started:
+    """A recipe past its first steps, with what these cost; TSCD's first states are made, DisBack's path recorded."""
 
-    run = Run(config.model_copy(update={"output_dir": Path("unused")}))
-    counter, method, recorded, looked = Counter(run.taught.call), run.stage.method, 0, 1
-    if isinstance(method, DisBack):
-        recorded, looked = method.record_steps, method.points
-        method = replace(method, record_steps=looked, switch_every=1)
-    trainer = Trainer(
-        method,
-        replace(run.taught, call=counter),
-        networks(run.stage, run.teacher, run.config.data),
-        cast(Training, run.stage.training),
-        steps=looked + steps,
-        batches=run.data.batch,
-        accelerator=Accelerator(),
-    )
-    for _ in range(looked):
-        trainer.step()
-    recording, counter.units = counter.units / looked / 1000, 0.0
-    for _ in range(steps):
-        trainer.step()
-    return Cost(recorded, recording, counter.units / steps / 1000)
+    def __init__(self, config: Config) -> None:
+        from stepdistill.distill import Run
+
+        self.run = Run(config.model_copy(update={"output_dir": Path("unused")}))
+        method, self.recorded, looked = self.run.stage.method, 0, 1
+        if isinstance(method, DisBack):
+            self.recorded, looked = method.record_steps, method.points
+            method = replace(method, record_steps=looked, switch_every=1)
+        self.counter = Counter(self.run.taught.call)
+        self.trainer = Trainer(
+            method,
+            replace(self.run.taught, call=self.counter),
+            networks(self.run.stage, self.run.teacher, self.run.config.data),
+            cast(Training, self.run.stage.training),
+            steps=10**6,
+            batches=self.run.data.batch,
+            accelerator=Accelerator(),
+        )
+        self.recording = self.units(looked)
+
+    def units(self, steps: int) -> float:
+        """Thousand rows that a step costs, the mean over ``steps`` more of them."""
+        self.counter.units = 0.0
+        for _ in range(steps):
+            self.trainer.step()
+        return self.counter.units / steps / 1000
+
+    @torch.no_grad()
+    def generate(self, samples: int) -> None:
+        """Samples of the student."""
+        noise = SampleNoise(range(samples), self.run.teacher.sample_shape)
+        self.run.sampler(self.trainer.frozen["student"], noise(), renoise=noise)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the steps to come."""
+        return Cost(self.recorded, self.recording, self.units(40))
+
+
+def told(name: str, seed: int, folder: Path) -> tuple[str, list[str]]:
+    """The recipe of a row, and what it is told."""
+    name, *overrides = FEW_STEPS.get(name, (name,))
+    return name, [f"seed={seed}", f"output_dir={folder}", *overrides]
+
+
+def paces(names: Sequence[str], *, rounds: int = 7, steps: int = 4, samples: int = 250) -> dict[str, dict[str, float]]:
+    """Seconds per thousand rows of training and student's images per second: medians of rounds in turn."""
+    started = {name: Started(parse(Config, *told(name, 0, Path("unused")))) for name in names}
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, recipe in started.items():
+            begin = time.perf_counter()
+            units = recipe.units(steps) * steps
+            trained = time.perf_counter()
+            recipe.generate(samples)
+            seen[name].append(((trained - begin) / units, samples / (time.perf_counter() - trained)))
+    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)] for name, rows in seen.items()}
+    return {name: {"seconds_per_unit": spent, "images_per_second": made} for name, (spent, made) in medians.items()}
 
 
 def train(name: str, seed: int, units: float, folder: Path, threads: int, samples: int) -> None:
@@ -124,21 +166,20 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     done = folder / "cost.json"
     if done.is_file():
         return
-    name, *told = FEW_STEPS.get(name, (name,))
-    config = parse(Config, name, [f"seed={seed}", f"output_dir={folder}", *told])
-    cost = cost_of(config)
+    name, overrides = told(name, seed, folder)
+    config = parse(Config, name, overrides)
+    cost = Started(config).cost
     steps = cost.steps(units)
     share = steps / cast(int, config.steps)
     resume = folder.is_dir() and any(folder.glob("checkpoints/**/step_*"))
     if folder.is_dir() and not resume:
         shutil.rmtree(folder)
     every = max(1, steps // 8)
-    overrides = [
-        *(f"seed={seed}", f"steps={steps}", f"output_dir={folder}", f"resume={str(resume).lower()}"),
+    overrides += [
+        *(f"steps={steps}", f"resume={str(resume).lower()}"),
         *(f"training.preview_every={every}", f"training.checkpoint_every={every}", "training.trackers=[]"),
         *(f"evaluate.samples={samples}", "evaluate.curve_samples=1000", "evaluate.teacher_steps=[1]"),
         f"evaluate.every_images={every * config.training.batch_size}",
-        *told,
         *phases(config.method, share),
     ]
     code = (
@@ -169,14 +210,12 @@ def read(folder: Path) -> dict[str, Any]:
     cost = Cost(**written.pop("cost"))
     student = json.loads((folder / "evaluation.json").read_text())["rows"][-1]
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [(cost.units(row["step"]), row["seconds"], row["fid"]) for row in history if "fid" in row]
+    curve = [(cost.units(row["step"]), row["fid"]) for row in history if "fid" in row]
     return {
         "calls": student["network_calls"],
         "fd": student["metrics"]["fid"]["value"],
         "least_class": min(student["class_shares"]),
         "diversity": student["diversity"],
-        "images_per_second": student["images_per_second"],
-        "seconds": history[-1]["seconds"],
         "curve": curve,
         **written,
     }
@@ -209,7 +248,7 @@ def title(name: str) -> str:
     return " ".join([recipe, *told[:1]])
 
 
-def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
+def summary(runs: Runs, pace: dict[str, dict[str, float]]) -> str:
     """The table, in Markdown: means over seeds, of the rarest class the least and of the memory the most."""
     lines = [
         "| recipe | calls | distance | rarest digit | diversity | images/s | steps | minutes | peak MB |",
@@ -220,14 +259,14 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> str:
         shown = f"{fd:.2f} ± {error:.2f}" if len(rows) > 1 else f"{fd:.2f}"
         lines.append(
             f"| `{title(name)}` | {rows[0]['calls']} | {shown} | {100 * min(r['least_class'] for r in rows):.1f} % "
-            f"| {statistics.mean(r['diversity'] for r in rows):.1f} "
-            f"| {statistics.mean(r['images_per_second'] for r in rows):.0f} | {rows[0]['steps']} "
-            f"| {statistics.mean(r['seconds'] for r in rows) / 60:.1f} | {max(r['peak_mb'] for r in rows)} |"
+            f"| {statistics.mean(r['diversity'] for r in rows):.1f} | {pace[name]['images_per_second']:.0f} "
+            f"| {rows[0]['steps']} | {pace[name]['seconds_per_unit'] * rows[0]['curve'][-1][0] / 60:.1f} "
+            f"| {max(r['peak_mb'] for r in rows)} |"
         )
     return "\n".join(lines)
 
 
-def plot(runs: dict[str, list[dict[str, Any]]], teacher: list[dict[str, Any]], path: Path) -> None:
+def plot(runs: Runs, pace: dict[str, dict[str, float]], teacher: list[dict[str, Any]], path: Path) -> None:
     """Distance against network calls and against seconds, mean and error; the teacher as reference lines."""
     import matplotlib as mpl
 
@@ -236,11 +275,12 @@ def plot(runs: dict[str, list[dict[str, Any]]], teacher: list[dict[str, Any]], p
 
     colours = {recipe: f"C{k}" for k, recipe in enumerate(sorted({title(name).split()[0] for name in runs}))}
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True)
-    for axis, index, label in ((axes[0], 0, "thousand rows through a network"), (axes[1], 1, "seconds of training")):
-        for name, rows in runs.items():
+    for axis, label in ((axes[0], "thousand rows through a network"), (axes[1], "seconds of training")):
+        for name, rows in sorted(runs.items(), key=lambda item: title(item[0])):
+            each = pace[name]["seconds_per_unit"] if axis is axes[1] else 1.0
             length = min(len(row["curve"]) for row in rows)
-            x = [statistics.mean(row["curve"][k][index] for row in rows) for k in range(length)]
-            seen = [mean_and_error([row["curve"][k][2] for row in rows]) for k in range(length)]
+            x = [each * statistics.mean(row["curve"][k][0] for row in rows) for k in range(length)]
+            seen = [mean_and_error([row["curve"][k][1] for row in rows]) for k in range(length)]
             style = {"color": colours[title(name).split()[0]], "linestyle": _LINES[rows[0]["calls"]]}
             axis.errorbar(
                 x, *zip(*seen, strict=True), elinewidth=0.6, label=title(name).removeprefix("digits_"), **style
@@ -265,6 +305,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--report", action="store_true", help="train nothing; table and plot of what is finished")
+    parser.add_argument("--pace", action="store_true", help="measure seconds and images per second of every row anew")
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -281,13 +322,20 @@ def main() -> None:
     if not kept.is_file():
         kept.write_text(json.dumps(teacher_rows(arguments.samples)))
     teacher = json.loads(kept.read_text())
+    written = arguments.out / "methods.json"
+    before = json.loads(written.read_text()) if written.is_file() else {}
+    if before.get("units") == arguments.units:
+        runs = {**before["runs"], **runs}
+    pace = before.get("pace", {})
+    missing = [name for name in runs if arguments.pace or name not in pace]
+    pace = {**pace, **(paces(missing) if missing else {})}
     machine = f"{platform.machine()} CPU, {arguments.threads} threads, torch {torch.__version__}"
-    results = {"machine": machine, "units": arguments.units, "teacher": teacher, "runs": runs}
+    results = {"machine": machine, "units": arguments.units, "teacher": teacher, "pace": pace, "runs": runs}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "methods.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / "methods.md").write_text(summary(runs) + "\n")
-    plot(runs, teacher, arguments.out / "methods.png")
-    print(summary(runs))
+    written.write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.out / "methods.md").write_text(summary(runs, pace) + "\n")
+    plot(runs, pace, teacher, arguments.out / "methods.png")
+    print(summary(runs, pace))
 
 
 if __name__ == "__main__":
