@@ -29,7 +29,7 @@ from .export import save_adapters, single_time
 from .learners import networks, tune
 from .lora import merged
 from .outcome import Outcome
-from .preflight import check_launch, check_output, check_teacher_device, check_trackers, checked
+from .preflight import check_derivatives, check_launch, check_output, check_teacher_device, check_trackers, checked
 from .quantization import quantized
 from .recipe import parse
 from .report import read_history
@@ -108,6 +108,7 @@ class Run:
         self._since: dict[str, list[float]] = {}
         self._seconds, self._resumed = 0.0, time.monotonic()
         self._enter(0, None)
+        check_derivatives(self.stages, self.trainer.frozen["student"], self.sampler, self.data)
 
     def _enter(self, index: int, student: nn.Module | None) -> None:
         """Build the trainer of stage ``index``, whose student starts as ``student`` or as the teacher."""

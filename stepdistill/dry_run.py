@@ -26,7 +26,7 @@ from .conditions import Cond
 from .config import Config, Evaluate, Stage, Training
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
 from .learners import learning, networks, tune
-from .preflight import check_trackers, checked
+from .preflight import check_derivatives, check_trackers, checked
 from .quantization import quantized
 from .teacher import Teacher, load_teacher
 from .trainer import Trainer
@@ -143,6 +143,8 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
     trainer = Trainer(
         stage.method, taught, made, settings, steps=stage.steps, batches=data.batch, accelerator=_OnMeta()
     )
+    sampler = stage.method.sampler(taught.process)
+    check_derivatives([stage], trainer.frozen["student"], sampler, data)
     frozen = {role: trainer.frozen[role].network for role in ("teacher", *stage.method.frozen_roles)}
     roles = {role: role_of(network, role, training) for role, network in {**frozen, **made}.items()}
     roles["teacher"] = replace(roles["teacher"], weights=sum(p.numel() for p in teacher.network.parameters()))

@@ -13,12 +13,13 @@ import torch
 from accelerate.utils import LoggerType, str_to_bool
 
 from .config import Config, Evaluate, RealData, Stage, Training
-from .data import check_conditions
+from .data import DataFree, check_conditions
 from .denoiser import Denoiser
 from .errors import UserError, first_line
 from .hosting import Plan, plan
 from .learners import check_learners
 from .lora import check_lora
+from .methods._shared import forward_mode
 from .metrics.digits import DigitsExtractor
 from .metrics.extractors import Digits
 from .samplers import StudentSampler, teacher_grid
@@ -181,8 +182,34 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
             )
 
 
+@torch.no_grad()
+def check_derivatives(stages: Sequence[Stage], student: Denoiser, sampler: StudentSampler, data: DataFree) -> None:
+    """Refuse methods that need a forward-mode derivative of a network without: one sample is tried.
+
+    Raises:
+        UserError: naming the setting that needs none.
+    """
+    settings = [setting for stage in stages if (setting := stage.method.avoids_forward_mode)]
+    if not settings:
+        return
+    x, t = torch.ones(1, *data.shape, device=data.device), torch.full((1,), 0.5, device=data.device).double()
+    cond = sampler.cond(student.process, data.cond(range(1)), x)
+    try:
+        forward_mode(lambda x, t: student(x, t, cond).x0, (x, t), (torch.ones_like(x), torch.ones_like(t)))
+    except RuntimeError as error:
+        raise UserError(
+            f"{type(student.network).__name__} as it is set up has no forward-mode derivative ({first_line(error)}); "
+            f"set {settings[0]}, or remove training.attention"
+        ) from None
+
+
 def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
     training, method = cast(Training, stage.training), stage.method
+    if training.batch_size < method.least_batch:
+        raise UserError(
+            f"{method.name} splits every batch, got {training.batch_size} sample; "
+            f"set training.batch_size={method.least_batch} or more"
+        )
     ranged = config.data.scales is not None and not teacher.embeds_guidance
     told = ranged and not {"student", *method.roles} <= set(training.lora)
     check_learners(teacher.network, training, conditioned=method.two_times or told)

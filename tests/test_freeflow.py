@@ -357,11 +357,6 @@ def test_noise_of_the_correction_and_of_the_fake_network_ends_where_the_map_begi
         assert low - 1e-9 < r.min() < r.max() < high + 1e-9
 
 
-def test_a_batch_of_one_is_refused():
-    with pytest.raises(ValueError, match=r"training\.batch_size=2"):
-        FreeFlow().student_loss(learning_nets(Flow()), Batch(torch.randn(1, 2, dtype=torch.float64)))
-
-
 @pytest.mark.parametrize("derivative", ["finite", "exact"])
 def test_gradients_reach_only_the_learner(derivative):
     nets, method = learning_nets(Flow()), FreeFlow(derivative=derivative)
@@ -505,26 +500,6 @@ def test_exact_derivative_passes_through_attention(process, target):
     with torch.no_grad():
         slopes = [method.slope(student, noise.double(), s, {}) for method in (exact, finite)]
     assert (slopes[1] - slopes[0]).abs().max() < 0.01 * slopes[0].abs().max()
-
-
-class NoForwardMode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        return grad_outputs[0]
-
-
-def test_a_network_without_forward_mode_is_told_the_setting_that_helps():
-    student = Denoiser(
-        nn.Identity(), Flow(), "x0", lambda net, x, label, cond: x * NoForwardMode.apply(cond["target_label"])[:, None]
-    )
-    noise, s = torch.randn(3, 2), torch.full((3,), 0.5, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"set method\.derivative=finite"):
-        FreeFlow(derivative="exact").slope(student, noise, s, {})
-    assert FreeFlow().slope(student, noise, s, {}).isfinite().all()
 
 
 def learn_beside(method: FreeFlow, nets: dict[str, Denoiser], *schedule) -> None:

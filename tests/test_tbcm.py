@@ -302,35 +302,6 @@ def test_few_steps_renoise_afresh():
     assert first == sampler.times[0]  # trained from where it is asked to start
 
 
-class Unforward(torch.autograd.Function):
-    """An operation with a backward but no forward mode, like a fused attention kernel."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        return 2 * grad_outputs[0]
-
-
-class Fused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()).double())
-
-    def forward(self, x, label):
-        return self.scale * Unforward.apply(x)
-
-
-def test_a_network_without_forward_mode_is_told_what_to_set():
-    net = Denoiser(Fused(), Flow(), "flow", call)
-    nets, batch = {"teacher": net, "student": net, "still": net}, Batch(torch.randn(3, 2, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=r"set method\.jvp=finite"):
-        TBCM(jvp="exact").student_loss(nets, batch)
-    assert TBCM(jvp="finite").student_loss(nets, batch).value.isfinite()
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_both_derivatives_pass_the_attention_of_a_stock_network(checkpointing):
     torch.manual_seed(0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditions import Cond
 from ..denoiser import Denoiser, Prediction
@@ -95,6 +98,13 @@ def time_at_ratio(process: NoiseProcess, ratio: float) -> float:
 
 
 @lru_cache
+def flow_time(process: NoiseProcess, t: float) -> float:
+    """``sigma / (alpha + sigma)``, the rectified-flow time of the teacher's time ``t``."""
+    alpha, sigma = (f(torch.tensor([t], dtype=torch.float64)).item() for f in (process.alpha, process.sigma))
+    return sigma / (alpha + sigma)
+
+
+@lru_cache
 def few_step_times(process: NoiseProcess, ratio: float, steps: int) -> tuple[float, ...]:
     """``steps`` levels from ``sigma / alpha = ratio`` down, evenly spread in what a stock scheduler spreads evenly.
 
@@ -119,6 +129,16 @@ def few_step_times(process: NoiseProcess, ratio: float, steps: int) -> tuple[flo
         level = process.sigma(first) * share
         return tuple(process.time_at_log_snr(2 * ((1 - level).log() - level.log())).tolist())
     return tuple((first * share).tolist())
+
+
+def forward_mode(function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Tensor:
+    """The derivative of ``function`` at ``at`` in the direction ``along``, of the shape of its output.
+
+    Raises:
+        RuntimeError: an operation in ``function`` has no forward mode; ``check_derivatives`` tries it beforehand.
+    """
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have none
+        return jvp(function, at, along)[1]
 
 
 def pixel_mean(x: Tensor) -> Tensor:

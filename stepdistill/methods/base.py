@@ -76,6 +76,8 @@ class Method(ABC):
     """Outputs a teacher may have."""
     two_times: ClassVar[bool] = False
     """The student is also told a target time."""
+    least_batch: ClassVar[int] = 1
+    """Samples that a batch needs."""
 
     @abstractmethod
     def turns(self, step: int) -> Iterator[Turn]:
@@ -95,6 +97,11 @@ class Method(ABC):
     def takes_images(self) -> bool:
         """An adversarial term is on, the only use this package has for real images."""
         return False
+
+    @property
+    def avoids_forward_mode(self) -> str | None:
+        """The setting that spares the student forward-mode derivatives; ``None`` where it takes none."""
+        return None
 
     @property
     def least_steps(self) -> int:

@@ -23,30 +23,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditions import Cond, concatenate, select
 from ..denoiser import Denoiser, Prediction, without_autocast
 from ..process import Flow, InputScale, NoiseProcess, broadcast
 from ..samplers import StudentSampler
-from ._shared import LogNormalTimes, TimeLaw, UniformTimes, denoising_loss, pixel_mean, pixel_sum, time_at_ratio
+from ._shared import (
+    LogNormalTimes,
+    TimeLaw,
+    UniformTimes,
+    denoising_loss,
+    flow_time,
+    forward_mode,
+    pixel_mean,
+    pixel_sum,
+    time_at_ratio,
+)
 from .base import Batch, Loss, Method, Nets, Turn
 
 FLOW = Flow()
 """The coordinates of the paper."""
-
-
-@lru_cache
-def flow_time(process: NoiseProcess, t: float) -> float:
-    """``sigma / (alpha + sigma)``, the rectified-flow time of the teacher's time ``t``."""
-    alpha, sigma = (f(torch.tensor([t], dtype=torch.float64)).item() for f in (process.alpha, process.sigma))
-    return sigma / (alpha + sigma)
 
 
 def velocity(prediction: Prediction) -> Tensor:
@@ -79,6 +79,7 @@ class FreeFlow(Method):
     paper: ClassVar = "Tong et al. 2025, arXiv:2511.19428"
     roles: ClassVar = ("fake",)
     two_times: ClassVar = True
+    least_batch: ClassVar = 2
 
     name: Literal["freeflow"] = "freeflow"
     prediction_share: float = 0.75
@@ -126,6 +127,10 @@ class FreeFlow(Method):
         if sigma > 1.01 and self.input == "unit":
             raise ValueError(f"sigma = {sigma:.3g} where noise enters is not 1; set method.input=sigma")
 
+    @property
+    def avoids_forward_mode(self) -> str | None:
+        return "method.derivative=finite" if self.derivative == "exact" else None
+
     def turns(self, step: int) -> Iterator[Turn]:
         for _ in range(self.fake_updates):
             yield Turn("fake", self.fake_loss)
@@ -146,8 +151,6 @@ class FreeFlow(Method):
     def student_loss(self, nets: Nets, batch: Batch) -> Loss:
         """``sg[D_G / (||D_G||^2 / d + eps)^k]`` moves ``F(z, delta)``, ``sg[lambda D_N]`` moves ``F(z, t_0)``."""
         noise, cond, process = batch.noise, batch.cond, nets["teacher"].process
-        if len(noise) < 2:
-            raise ValueError(f"FreeFlow splits every batch, got {len(noise)} sample; set training.batch_size=2 or more")
         count = min(max(round(self.prediction_share * len(noise)), 1), len(noise) - 1)
         start, end = self.ends(process)
         s = start - (start - end) * UniformTimes(low=0.0, high=1.0).draw(FLOW, noise[:count])
@@ -188,11 +191,7 @@ class FreeFlow(Method):
     def slope(self, still: Denoiser, noise: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """``dF/ds = -dF/ddelta`` of the student at fixed noise, ``(B, ...)``."""
         if self.derivative == "exact":
-            try:
-                with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
-                    return jvp(lambda at: velocity(self.told(still, noise, at, cond)), (s,), (torch.ones_like(s),))[1]
-            except RuntimeError as error:
-                raise ValueError(f"no forward mode in the student ({error}); set method.derivative=finite") from error
+            return forward_mode(lambda at: velocity(self.told(still, noise, at, cond)), (s,), (torch.ones_like(s),))
         start, end = self.ends(still.process)
         below, above = (s - self.difference).clamp_min(end), (s + self.difference).clamp_max(start)
         both = torch.cat([noise, noise]), torch.cat([below, above]), concatenate(cond, cond)

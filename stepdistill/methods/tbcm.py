@@ -17,13 +17,12 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditions import Cond, concatenate
 from ..denoiser import Denoiser, Prediction, without_autocast
 from ..process import InputScale, NoiseProcess, Trig, broadcast
 from ..samplers import StudentSampler
-from ._shared import few_step_times, pixel_mean, pixel_sum
+from ._shared import few_step_times, forward_mode, pixel_mean, pixel_sum
 from .base import Batch, Loss, Method, Nets, Turn
 
 
@@ -56,14 +55,7 @@ def exact_change(student: Denoiser, points: Points) -> Tensor:
     """``d(sigma_d F)/dlambda`` of the student along the teacher's ODE, bounded at both ends; ``(P B, ...)``."""
     speed = pace(points.t)
     along = (broadcast(speed, points.x) * points.slope, speed / (math.pi / 2))
-    try:
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward mode
-            return torch.func.jvp(lambda x, t: slope(student(x, t, points.cond)), (points.x, points.t), along)[1]
-    except RuntimeError as error:
-        raise RuntimeError(
-            "torch.func.jvp failed in the student's network, where custom attention and checkpointing often have no "
-            f"forward-mode derivative; set method.jvp=finite ({error})"
-        ) from error
+    return forward_mode(lambda x, t: slope(student(x, t, points.cond)), (points.x, points.t), along)
 
 
 def finite_change(student: Denoiser, points: Points, step: float) -> Tensor:
@@ -150,6 +142,10 @@ class TBCM(Method):
                 "x0 = (x - sigma eps) / alpha multiplies the errors of this eps-teacher over 20-fold at the start, "
                 f"where alpha = {alpha:.2g}; set method.start_ratio=20 or less"
             )
+
+    @property
+    def avoids_forward_mode(self) -> str | None:
+        return "method.jvp=finite" if self.jvp == "exact" else None
 
     def turns(self, step: int) -> Iterator[Turn]:
         yield Turn("student", partial(self.student_loss, ramp=self.ramp(step)))
