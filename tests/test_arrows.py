@@ -21,12 +21,13 @@ ARROWS: dict[str, set[str]] = {
     "samplers": {"process", "conditions", "denoiser"},
     "methods.base": SHARED,
     "methods._shared": SHARED,
+    "methods._grid": SHARED | {"methods._shared"},
     "methods._adversarial": SHARED | {"methods._shared"},
     "methods._score": SHARED | {"methods.base", "methods._shared", "methods._adversarial"},
 }
 """All that these modules may import of ours; beside it torch and the standard library, as for the papers."""
-PAPER = SHARED | {"methods.base", "methods._shared", "methods._score"}
-WRAPPERS = {"methods.disback"}
+PAPER = SHARED | {"methods.base", "methods._shared", "methods._score", "methods._grid"}
+WRAPPERS = {"methods.disback", "methods.tscd"}
 """Papers about other papers' methods, which they may import."""
 METRICS = {"metrics.frechet", "metrics.digits", "images", "evaluation", "fid"}
 """Metrics, with all of ``stepdistill/metrics``, know of images, and nothing of what made them."""

@@ -16,12 +16,14 @@ from test_learning import FLOW, MLP, distilled_onto, ring, sliced_w1
 from torch import nn
 
 from stepdistill.backbones import unet2d
+from stepdistill.config import Config
 from stepdistill.denoiser import Denoiser
 from stepdistill.export import export, export_error
 from stepdistill.hosting import plan
-from stepdistill.methods import TSCD, Batch
-from stepdistill.methods.tscd import Grid, solver_grid
+from stepdistill.methods import DMD, TSCD, Batch, SiD, SwiftBrush
+from stepdistill.methods._grid import Grid, solver_grid
 from stepdistill.process import VE, VP, Flow, Trig
+from stepdistill.recipe import parse
 from stepdistill.samplers import ode_steps, teacher_grid
 from stepdistill.snapshots import Remembered
 
@@ -284,6 +286,72 @@ def test_gradients_reach_only_the_learner():
     reached = {role: [weight.grad is not None for weight in nets[role].network.parameters()] for role in names}
     assert all(reached["student"])
     assert not any(reached["teacher"] + reached["still"])
+
+
+every_score = pytest.mark.parametrize("score", [DMD(), SiD(low_memory=False), SwiftBrush()], ids=lambda s: s.name)
+
+
+@every_process
+@every_score
+def test_a_score_distillation_adds_its_own_gradient_per_pixel_in_the_last_stage(score, process):
+    """Of one step, the student of the score distillation alone is the same network at the same level."""
+    torch.manual_seed(0)
+    method = method_for(process, segments=(2, 1), stage_steps=(1,), score=score, score_weight=3.0)
+    alone = replace(score, init_ratio=method.init_ratio, input=method.input)
+    nets = {role: Denoiser(MLP(3, 8).double(), process, "flow", call) for role in ("student", "fake")}
+    nets |= {"teacher": SPACE.denoiser(process), "still": nets["student"]}
+    batch, found = Batch(draw(6, SPACE)), {}
+    for name, loss in {
+        "jumps": partial(method.jump_loss, segments=1),
+        "both": partial(method.student_loss, segments=1, scored=True),
+        "score": alone.student_loss,
+    }.items():
+        torch.manual_seed(1)
+        value = loss(nets, batch._replace(memory={})).value
+        found[name] = value, torch.autograd.grad(value, list(nets["student"].network.parameters()))
+    torch.testing.assert_close(found["both"][0], found["jumps"][0] + 3 * found["score"][0])
+    for both, jumps, scored in zip(*(found[name][1] for name in ("both", "jumps", "score")), strict=True):
+        torch.testing.assert_close(both - jumps, scored)  # 3 times it, over three pixels
+        assert scored.abs().max() > 0
+
+
+@every_score
+def test_the_fake_network_learns_the_students_samples_by_the_score_distillations_own_loss(score):
+    torch.manual_seed(0)
+    method = method_for(FLOW, segments=(2, 1), stage_steps=(1,), score=score)
+    alone = replace(score, init_ratio=method.init_ratio, input=method.input)
+    nets = {role: Denoiser(MLP(3, 8).double(), FLOW, "flow", call) for role in ("student", "fake")}
+    nets |= {"teacher": SPACE.denoiser(FLOW)}
+    batch, values = Batch(draw(6, SPACE)), []
+    for loss in (method.fake_loss, alone.fake_loss):
+        torch.manual_seed(1)
+        values.append(loss(nets, batch).value)
+    torch.testing.assert_close(*values)
+    assert len(torch.autograd.grad(values[0], list(nets["fake"].network.parameters()))) > 0
+
+
+def test_a_score_distillation_has_its_turns_in_the_last_stage_alone():
+    assert TSCD().roles == ()
+    method = TSCD(stage_steps=(3, 2, 4), score=DMD(fake_updates=2))
+    assert method.roles == ("fake",)
+    turns = [[turn.role for turn in method.turns(step)] for step in range(12)]
+    assert turns == [["student"]] * 9 + [["fake", "fake", "student"]] * 3
+    asked = [cast(partial, list(method.turns(step))[-1].loss).keywords["scored"] for step in (8, 9)]
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("foreign", [{"steps": 2}, {"init_ratio": 3.0}, {"clip_sample": True}, {"renoising": "ddim"}])
+@pytest.mark.parametrize("kind", [DMD, SwiftBrush])
+def test_what_the_score_distillation_has_no_say_in_is_refused(kind, foreign):
+    (name,) = foreign
+    with pytest.raises(ValueError, match=f"remove {name} from it"):
+        TSCD(score=kind(**foreign))
+
+
+def test_a_recipe_may_ask_for_a_score_distillation_in_the_last_stage():
+    config = parse(Config, "digits_tscd", ["method.score={name: dmd, fake_updates: 2}", "method.score_weight=0.5"])
+    assert isinstance(config.method, TSCD)
+    assert (config.method.score, config.method.score_weight) == (DMD(fake_updates=2), 0.5)
 
 
 def test_stages_follow_one_another_and_their_students_are_kept():

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ Weight = Literal["adaptive", "kl", "vsd", "one"]
 @dataclass(frozen=True, kw_only=True)
 class ScoreDistillation(Method):
     """A student that descends a difference of two denoisers: the teacher's and the fake network's."""
-
-    roles: ClassVar = ("fake",)
 
     steps: int = 1
     """Network calls of the student."""
@@ -76,6 +74,10 @@ class ScoreDistillation(Method):
         return (self.fake_guidance,)
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        return ("fake",)
+
+    @property
     def takes_images(self) -> bool:
         return self.adversarial is not None
 
@@ -113,9 +115,13 @@ class ScoreDistillation(Method):
 
     def fake_loss(self, nets: Nets, batch: Batch, call: int = 0) -> Loss:
         """Denoising score matching on the student's samples."""
-        fake, cond, guidance = fake_guided(nets, self.fake_guidance), batch.cond, nets["teacher"].guidance
         with torch.no_grad():
             x_g = self.generate(nets, batch, call).x0
+        return self.following_loss(nets, batch, x_g)
+
+    def following_loss(self, nets: Nets, batch: Batch, x_g: Tensor) -> Loss:
+        """Denoising score matching on samples ``x_g (B, ...)``."""
+        fake, cond, guidance = fake_guided(nets, self.fake_guidance), batch.cond, nets["teacher"].guidance
         scales = self.fake_scales(nets["teacher"])
         if guidance is not None and not all(replace(guidance, scale=scale).only_conditional for scale in scales):
             cond = dropped(cond, guidance.uncond, self.uncond_share, len(x_g))

@@ -68,8 +68,6 @@ class Method(ABC):
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
     paper: ClassVar[str]
     """Authors, year and arXiv number."""
-    roles: ClassVar[tuple[str, ...]] = ()
-    """Networks trained beside the student; each starts as a copy of the teacher."""
     frozen_roles: ClassVar[tuple[str, ...]] = ()
     """Networks that are not trained but given other weights by ``prepare``; copies of the teacher at first."""
     targets: ClassVar[tuple[Target, ...]] = ("eps", "v", "x0", "flow", "edm")
@@ -92,6 +90,11 @@ class Method(ABC):
     @abstractmethod
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         """How the student of this method generates under the teacher's ``process``."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Networks trained beside the student; each starts as a copy of the teacher."""
+        return ()
 
     @property
     def takes_images(self) -> bool:

@@ -28,7 +28,6 @@ class DisBack(Method):
     """Degradation recording, then backtracking by ``method``."""
 
     paper: ClassVar = "Zhang et al. 2025, arXiv:2408.15991"
-    roles: ClassVar = ("fake",)
     frozen_roles: ClassVar = ("target",)
 
     name: Literal["disback"] = "disback"
@@ -50,6 +49,10 @@ class DisBack(Method):
             )
         if self.switch_every < 1:
             raise ValueError(f"switch_every must be at least 1, got {self.switch_every}")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("fake",)
 
     def check(self, teacher: Denoiser) -> None:
         self.method.check(teacher)

@@ -77,7 +77,6 @@ class FreeFlow(Method):
     """Prediction and correction of the teacher's flow map, into one step."""
 
     paper: ClassVar = "Tong et al. 2025, arXiv:2511.19428"
-    roles: ClassVar = ("fake",)
     two_times: ClassVar = True
     least_batch: ClassVar = 2
 
@@ -109,10 +108,13 @@ class FreeFlow(Method):
             raise ValueError(f"prediction_share must lie in (0, 1), got {self.prediction_share}")
         if not (self.correction_ratio >= 0 and self.decay >= 0):
             raise ValueError(f"correction_ratio = {self.correction_ratio}, decay = {self.decay} must not be negative")
-        if not (self.eps > 0 and self.difference > 0):
-            raise ValueError(f"eps = {self.eps} and difference = {self.difference} must be positive")
-        if not (self.init_ratio > 0 and self.fake_updates > 0):
-            raise ValueError(f"init_ratio = {self.init_ratio}, fake_updates = {self.fake_updates} must be positive")
+        for name in ("eps", "difference", "init_ratio", "fake_updates"):
+            if not vars(self)[name] > 0:
+                raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("fake",)
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
@@ -163,7 +165,6 @@ class FreeFlow(Method):
         x0 = told.x0[second]
         gap = correction(nets, x0, start * self.times.draw(FLOW, x0), select(cond, second))
         scale = self.correction_ratio * norm(prediction) / (norm(gap) + self.eps)
-
         loss = descent(mean_velocity[first], prediction) + descent(mean_velocity[second], scale * gap)
         log = {"loss": loss, "residual": size.mean(), "correction": norm(gap), "balance": scale, "std": x0.std()}
         return Loss(loss, {key: value.detach() for key, value in log.items()})

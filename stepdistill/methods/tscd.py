@@ -7,6 +7,8 @@ At last M deterministic jumps generate, one per segment (PCM, Wang et al. 2024, 
 
 The papers take ``x_k`` from noised images.  Here the states are the teacher's own: a batch of its trajectories is
 always on the way, one step further in every training step, so that a pair of neighbours costs one teacher call.
+
+A score distillation may join the last stage, as it does for Hyper-SD's one-step student.
 """
 
 from __future__ import annotations
@@ -14,58 +16,28 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..conditions import Cond
-from ..denoiser import Denoiser, Prediction
-from ..process import VP, InputScale, NoiseProcess, broadcast
+from ..denoiser import Denoiser
+from ..process import VP, InputScale, NoiseProcess
 from ..samplers import StudentSampler
+from ._grid import Grid, Pairs, column, solver_grid
+from ._score import steered
 from ._shared import few_step_times, pixel_mean
 from .base import Batch, Loss, Method, Nets, Snapshots, Turn
+from .dmd import DMD
+from .sid import SiD
+from .swiftbrush import SwiftBrush
 
+_FOREIGN = ("steps", "init_ratio", "input", "renoising", "clip_sample", "matched", "adversarial")
+"""What a score distillation that joins has no say in."""
 _X, _K, _COND = "tscd_x", "tscd_k", "tscd_cond_"
 """The trajectories on the way, in ``Batch.memory``: states ``(B, ...)``, indices ``(B,)`` and conditions."""
-
-
-class Grid(NamedTuple):
-    """The teacher's solver grid on the device: index 0 is the noise, index K the clean sample; ``(K + 1,)`` each."""
-
-    times: Tensor
-    """No network is asked at index K, which repeats the time before."""
-    alpha: Tensor
-    sigma: Tensor
-
-    def arrive(self, prediction: Prediction, k: Tensor) -> Tensor:
-        """``alpha_k x0 + sigma_k eps`` at the indices ``k (B,)``: a DDIM step or a student's jump, ``(B, ...)``."""
-        alpha, sigma = (broadcast(level[k], prediction.x0) for level in (self.alpha, self.sigma))
-        return alpha * prediction.x0 + sigma * prediction.eps
-
-
-@lru_cache
-def solver_grid(process: NoiseProcess, ratio: float, steps: int, device: torch.device) -> Grid:
-    """The grid of ``few_step_times``, down to the clean sample; remembered, so that no step waits for the device."""
-    times = torch.tensor(few_step_times(process, ratio, steps), dtype=torch.float64)
-    alpha = torch.cat([process.alpha(times), times.new_ones(1)])
-    sigma = torch.cat([process.sigma(times), times.new_zeros(1)])
-    return Grid(torch.cat([times, times[-1:]]).to(device), alpha.to(device), sigma.to(device))
-
-
-class Pairs(NamedTuple):
-    """Neighbouring states of teacher trajectories."""
-
-    x: Tensor
-    """``x_k``, ``(B, ...)``."""
-    k: Tensor
-    """``(B,)``, from 0 to K - 1."""
-    ahead: Tensor
-    """``x_{k+1}``, ``(B, ...)``."""
-    cond: Cond
-    """What each trajectory was started with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +61,10 @@ class TSCD(Method):
     """How far two jumps are apart, per element: ``sqrt(r^2 + c^2) - c`` or ``r^2``."""
     huber_c: float = 0.001
     """Residual below which the pseudo-Huber distance is quadratic."""
+    score: DMD | SiD | SwiftBrush | None = None
+    """A score distillation of the last stage's samples, whose gradient is added there; null is none."""
+    score_weight: float = 1.0
+    """What its gradient is multiplied by, per pixel as the distance is."""
 
     def __post_init__(self) -> None:
         if not self.segments or self.segments[-1] < 1 or any(m <= n for m, n in pairwise(self.segments)):
@@ -102,13 +78,17 @@ class TSCD(Method):
                 f"stage_steps must be {len(self.segments) - 1} positive numbers, one for each of the segments "
                 f"{self.segments} but the last, got {self.stage_steps}"
             )
-        if not self.init_ratio > 0:
-            raise ValueError(f"init_ratio must be positive, got {self.init_ratio}")
-        if not self.huber_c > 0:
-            raise ValueError(f"huber_c must be positive, got {self.huber_c}")
+        for name in ("init_ratio", "huber_c", "score_weight"):
+            if not vars(self)[name] > 0:
+                raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
+        told, usual = (vars(score) for score in (self.score or DMD(), type(self.score or DMD())()))
+        if foreign := [name for name in _FOREIGN if told[name] != usual[name]]:
+            raise ValueError(f"score follows the student of tscd; remove {foreign[0]} from it, got {told[foreign[0]]}")
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
+        if self.score:
+            self.score.check(teacher)
         process = teacher.process
         if isinstance(process, VP) and len(process.alphas_cumprod) < self.teacher_steps:
             entries = len(process.alphas_cumprod)
@@ -127,6 +107,10 @@ class TSCD(Method):
             raise ValueError(f"sigma = {sigma:.3g} where trajectories start is not 1; set method.input=sigma")
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        return self.score.roles if self.score else ()
+
+    @property
     def least_steps(self) -> int:
         return sum(self.stage_steps) + 1
 
@@ -140,20 +124,41 @@ class TSCD(Method):
             snapshots.publish(f"segments_{self.segments[self.stage(step) - 1]}", nets["student"])
 
     def turns(self, step: int) -> Iterator[Turn]:
-        yield Turn("student", partial(self.student_loss, segments=self.segments[self.stage(step)]))
+        segments = self.segments[self.stage(step)]
+        scored = self.score is not None and segments == self.segments[-1]
+        for _ in range(self.score.fake_updates if self.score and scored else 0):
+            yield Turn("fake", self.fake_loss)
+        yield Turn("student", partial(self.student_loss, segments=segments, scored=scored))
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         times = few_step_times(process, self.init_ratio, self.teacher_steps)
         return StudentSampler(times[:: self.teacher_steps // self.segments[-1]], self.input, None, "ddim")
 
-    def student_loss(self, nets: Nets, batch: Batch, segments: int) -> Loss:
+    def fake_loss(self, nets: Nets, batch: Batch) -> Loss:
+        """Denoising score matching on the student's samples."""
+        assert self.score
+        with torch.no_grad():
+            x_g = self.sampler(nets["teacher"].process)(nets["student"], batch.noise, batch.cond)
+        return self.score.following_loss(nets, batch, x_g)
+
+    def student_loss(self, nets: Nets, batch: Batch, segments: int, *, scored: bool = False) -> Loss:
+        """The distance of jumps and, where the student is ``scored``, the gradient of ``score`` at its samples."""
+        loss = self.jump_loss(nets, batch, segments)
+        if self.score is None or not scored:
+            return loss
+        x_g = self.sampler(nets["teacher"].process)(nets["student"], batch.noise, batch.cond)
+        gradient, log = self.score.gradient(nets, x_g.detach(), batch.cond)
+        value = loss.value + self.score_weight * steered(x_g, gradient / x_g[0].numel(), log["loss"])
+        return Loss(value, {**loss.log, **{f"score_{key}": scalar for key, scalar in log.items()}})
+
+    def jump_loss(self, nets: Nets, batch: Batch, segments: int) -> Loss:
         """``d(J(x_k, k -> n), sg J(x_{k+1}, k+1 -> n))``, with ``x_{k+1}`` itself as target where ``k + 1 = n``."""
         grid, length = self._grid(nets["teacher"].process, batch.noise), self.teacher_steps // segments
         x, k, ahead, cond = self.pairs(nets["teacher"], batch)
         end = (k // length + 1) * length
         with torch.no_grad():
             jumped = grid.arrive(nets["still"](ahead, grid.times[k + 1], cond), end)
-            target = torch.where(_column(k + 1 == end, ahead), ahead, jumped)
+            target = torch.where(column(k + 1 == end, ahead), ahead, jumped)
         prediction = nets["student"](x, grid.times[k], cond)
         squared = (grid.arrive(prediction, end) - target).square()
         c = self.huber_c
@@ -171,10 +176,10 @@ class TSCD(Method):
         x, k, cond = memory[_X], memory[_K], {key: memory[_COND + key] for key in batch.cond}
         ahead = grid.arrive(teacher(x, grid.times[k], cond), k + 1)
         done = k + 1 == self.teacher_steps
-        memory[_X] = torch.where(_column(done, x), start, ahead)
+        memory[_X] = torch.where(column(done, x), start, ahead)
         memory[_K] = torch.where(done, 0, k + 1)
         for key, fresh in batch.cond.items():
-            memory[_COND + key] = torch.where(_column(done, fresh), fresh, cond[key])
+            memory[_COND + key] = torch.where(column(done, fresh), fresh, cond[key])
         return Pairs(x, k, ahead, cond)
 
     def _begin(self, teacher: Denoiser, batch: Batch, start: Tensor) -> None:
@@ -193,8 +198,3 @@ class TSCD(Method):
 
     def _grid(self, process: NoiseProcess, like: Tensor) -> Grid:
         return solver_grid(process, self.init_ratio, self.teacher_steps, like.device)
-
-
-def _column(mask: Tensor, like: Tensor) -> Tensor:
-    """A ``(B,)`` mask as ``(B, 1, ..., 1)``, to choose between rows of ``like``."""
-    return mask.view(-1, *[1] * (like.ndim - 1))
