@@ -85,23 +85,40 @@ def paper_scale(folder: Path) -> list[Row]:
     return rows
 
 
-def small_words(folder: Path) -> list[str]:
-    """The run that is measured: a UNet of 7 million random weights on 32x32 latents, batch 8, float32."""
-    teacher = folder / "small"
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "activations count: 7 million weights, 32x32 latents": (
+        {
+            "sample_size": 32,
+            "block_out_channels": (32, 64, 128),
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        8,
+    ),
+    "weights count: 89 million, 8x8 latents": (
+        {
+            "sample_size": 8,
+            "block_out_channels": (256, 512),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        },
+        1,
+    ),
+}
+"""Of a small Stable Diffusion with random weights, in float32: its UNet, and the batch."""
+
+
+def words_of(case: str, folder: Path) -> list[str]:
+    """The run that is measured, its teacher in ``folder``."""
+    options, batch = CASES[case]
+    teacher = folder / str(batch)
     if not teacher.is_dir():
-        families.text_unet = lambda **_: UNet2DConditionModel(
-            sample_size=32,
-            block_out_channels=(32, 64, 128),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=8,
-            attention_head_dim=8,
-        ).eval()
-        families.build("sd", teacher)
+        unet = UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=8, **options)
+        families.build("sd", teacher, unet=unet.eval())
     return [
-        *(f"teacher={teacher}", f"data.prompts={folder / 'prompts.txt'}", *PLAIN, "method.low_memory=false"),
-        *("training.batch_size=8", "training.mixed_precision=no", "training.teacher_dtype=float32"),
-        *("training.trackers=[]", "data.guidance_scale=1.0", "method.fake_guidance=1.0"),
+        *(f"teacher={teacher}", f"data.prompts={folder / 'prompts.txt'}", *PLAIN, f"training.batch_size={batch}"),
+        *("training.mixed_precision=no", "training.teacher_dtype=float32", "training.trackers=[]"),
+        *("data.guidance_scale=1.0", "method.fake_guidance=1.0"),
         *("method.delta_guidance=1.0", "method.bracket_guidance=1.0"),
     ]
 
@@ -115,16 +132,27 @@ def measure(words: list[str]) -> int:
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
-def measured(folder: Path) -> list[Row]:
-    """Every variant of the small run in a process of its own."""
-    rows, base = [], small_words(folder)
+def measured(case: str, folder: Path) -> list[Row]:
+    """Every variant of a case in a process of its own."""
+    rows, base = [], words_of(case, folder)
     for variant, more in VARIANTS.items():
         words = [*base, f"output_dir={folder / 'run'}", *more]
         asked = [sys.executable, __file__, "--measure", json.dumps(words), "--cache", str(folder / "cache")]
         done = subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True)
         said = predicted("sd15_sid", variant, base)
-        rows.append(Row("a small Stable Diffusion", variant, said.networks, said.step, int(done.stdout.split()[-1])))
+        rows.append(Row(case, variant, said.networks, said.step, int(done.stdout.split()[-1])))
     return rows
+
+
+def processor() -> str:
+    """Name of the CPU, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    names = (
+        [line.split(": ")[1] for line in told.read_text().splitlines() if "model name" in line]
+        if told.is_file()
+        else []
+    )
+    return names[0] if names else platform.machine()
 
 
 def table(rows: list[Row]) -> str:
@@ -153,11 +181,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "prompts.txt").write_text("a cat\na dog\n")
-        rows = [*measured(folder), *paper_scale(folder)]
+        rows = [row for case in CASES for row in measured(case, folder)] + paper_scale(folder)
     machine: dict[str, Any] = {
-        "machine": platform.machine(),
+        "machine": processor(),
         "torch": torch.__version__,
-        "batch": {"small": 8, "paper": 4},
+        "batch": {**{case: batch for case, (_, batch) in CASES.items()}, "recipes": 4},
     }
     (arguments.out / "memory.json").write_text(json.dumps([machine, *(vars(row) for row in rows)], indent=1) + "\n")
     (arguments.out / "memory.md").write_text(table(rows) + "\n")

@@ -153,7 +153,7 @@ def text_unet(**options: Any) -> Any:
     ).eval()
 
 
-def sd(prediction: str = "epsilon") -> Any:
+def sd(prediction: str = "epsilon", unet: Any = None) -> Any:
     tokenizer = clip_tokenizer()
     scheduler: Any = DDIMScheduler(
         **TABLE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction
@@ -162,7 +162,7 @@ def sd(prediction: str = "epsilon") -> Any:
         vae=vae(),
         text_encoder=clip(tokenizer),
         tokenizer=tokenizer,
-        unet=text_unet(),
+        unet=unet or text_unet(),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -345,12 +345,12 @@ BUILD = {
 }
 
 
-def build(name: str, folder: Path) -> Path:
-    """The pipeline ``name`` in ``folder``, every weight away from its initial zeros."""
+def build(name: str, folder: Path, **options: Any) -> Path:
+    """The pipeline ``name``, with such ``options``, in ``folder``; every weight is away from its initial zeros."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    pipeline = BUILD[name]()
+    pipeline = BUILD[name](**options)
     with torch.no_grad():
         for part in ("unet", "transformer"):
             for parameter in getattr(pipeline, part).parameters() if hasattr(pipeline, part) else ():
