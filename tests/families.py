@@ -24,6 +24,7 @@ from diffusers import (
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -231,22 +232,23 @@ def sd3(*, with_t5: bool = True) -> Any:
     )
 
 
-def pixart() -> Any:
-    tokenizer = t5_tokenizer()
+def pixart(kind: type[Any] = PixArtSigmaPipeline) -> Any:
+    """Alpha's network is told the size of its pictures, as the stock pipeline does if they are of 128 latents."""
+    tokenizer, told_sizes = t5_tokenizer(), kind is PixArtAlphaPipeline
     transformer = PixArtTransformer2DModel(
-        sample_size=8,
+        sample_size=128 if told_sizes else 8,
         num_layers=1,
         patch_size=2,
-        attention_head_dim=8,
+        attention_head_dim=12 if told_sizes else 8,  # three sizes share the width
         num_attention_heads=2,
         caption_channels=8,
         in_channels=4,
-        cross_attention_dim=16,
+        cross_attention_dim=24 if told_sizes else 16,
         out_channels=8,
         norm_num_groups=4,
-        use_additional_conditions=False,
+        use_additional_conditions=told_sizes,
     )
-    return PixArtSigmaPipeline(
+    return kind(
         tokenizer=tokenizer,
         text_encoder=t5(tokenizer),
         vae=vae(),
@@ -336,6 +338,7 @@ BUILD = {
     "sd3": sd3,
     "sd3-without-t5": lambda: sd3(with_t5=False),
     "pixart": pixart,
+    "pixart-alpha": lambda: pixart(PixArtAlphaPipeline),
     "sana": sana,
     "flux": flux,
     "flux-schnell": lambda: flux(guidance=False),

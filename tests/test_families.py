@@ -15,7 +15,6 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
-    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
@@ -26,6 +25,7 @@ from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.backbones import FAMILIES
 from stepdistill.backbones.stable_diffusion import _scale_embedding
+from stepdistill.conditions import Cond
 from stepdistill.config import Config, Data
 from stepdistill.data import data_free
 from stepdistill.decoder import Decoder
@@ -42,6 +42,8 @@ PROMPTS = ("a cat", "two dogs")
 INF = float("inf")
 CLASSES = ("dit", "sit", "repa")
 """Those asked for a class and not for a prompt."""
+SIZES = {"flux": 16, "flux-schnell": 16, "pixart-alpha": 16}
+"""Pixels of the pictures of those whose own are large."""
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +69,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def family(request, folders, cache) -> tuple[str, Path, Teacher]:
     folder = folders(request.param)
-    return request.param, folder, load_teacher(str(folder), resolution=16 if "flux" in request.param else None)
+    return request.param, folder, load_teacher(str(folder), resolution=SIZES.get(request.param))
 
 
 every_family = pytest.mark.parametrize("family", BUILD, indirect=True)
@@ -82,7 +84,7 @@ def call(name: str, teacher: Teacher, k: int) -> dict[str, Any]:
     """A stock call for condition ``k``."""
     made = dict(teacher.family.arguments)
     made |= {"class_labels": [(3, 7)[k]]} if name in CLASSES else {"prompt": PROMPTS[k]}
-    if name in ("flux", "flux-schnell", "sana"):
+    if name in SIZES or name == "sana":
         made |= {"height": teacher.picture_size, "width": teacher.picture_size}
     return made | ({"guidance_scale": 1.0} if teacher.embeds_guidance else {})
 
@@ -100,6 +102,7 @@ GUIDED = {
     "sd3": 3.0,
     "sd3-without-t5": 2.0,
     "pixart": 3.0,
+    "pixart-alpha": 3.0,
     "sana": 3.0,
     "dit": 3.0,
     "repa": 3.0,
@@ -109,10 +112,7 @@ GUIDED = {
 @every_family
 @pytest.mark.parametrize("scale", [1.0, None])
 def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
-    """Same noise, same grid, guidance off and on; Flux is told its scale.
-
-    Four steps divide the table: with three, DDIM's scheduler arrives one entry beside where it goes on.
-    """
+    """Same noise, the pipeline's own scheduler, guidance off and on; Flux is told its scale."""
     name, folder, teacher = family
     scale = scale or GUIDED.get(name, 2.5)
     data = data_free(teacher, asked(teacher, guidance_scale=scale), torch.device("cpu"))
@@ -120,36 +120,44 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     kind = pipeline_class(teacher.index)
     pipeline: Any = kind.from_pretrained(folder, **empty_parts(teacher.index))
     pipeline.set_progress_bar_config(disable=True)
-    if name == "sit":
-        pytest.skip("no stock pipeline runs it; its reading is compared with diffusers' scheduler in test_samplers.py")
-    if name == "repa":
-        scheduler: Any = FlowMapEulerDiscreteScheduler(num_train_timesteps=1)
-    elif "flow" in type(pipeline.scheduler).__name__.lower() or name == "sana":
-        shift = 3.0 if "flux" not in name else pipeline.scheduler.config.shift
-        dynamic = name == "flux"
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=dynamic)
-    else:
-        scheduler = DDIMScheduler.from_config(
-            pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-        )
-    pipeline.scheduler = scheduler
+    if name in ("sit", "repa"):
+        pipeline.scheduler = InDiT.from_config(pipeline.scheduler.config)
+    elif name == "lcm":  # its own draws new noise at every step
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    elif name == "sana":  # its own rounds what it tells the network, but not its steps
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     said = call(name, teacher, 1) | {"guidance_scale": scale}
     if name == "flux-schnell" and scale > 1:
         said = call(name, teacher, 1) | {"true_cfg_scale": scale, "negative_prompt": ""}
     torch.manual_seed(5)
     made = pipeline(num_inference_steps=4, output_type="np", **said).images
     torch.manual_seed(5)
-    noise = torch.randn(1, *teacher.sample_shape)
-    labels = pipeline.scheduler.timesteps.double()
-    times = denoiser.process.time_of_label(labels).clamp(0, 1).tolist()
-    with torch.no_grad():
-        *_, last = ode_steps(denoiser, noise, times, data.cond([1]))
-    pictures = (Decoder(teacher)(last.x) / 2 + 0.5).clamp(0, 1)
+    noise, scheduler = torch.randn(1, *teacher.sample_shape), pipeline.scheduler
+    times = denoiser.process.time_of_label(scheduler.timesteps.double()).clamp(0, 1).tolist()
+    # Stable Diffusion's DDIM ends at the first entry of its table, not at the clean sample.
+    end = 0.0 if scheduler.config.get("set_alpha_to_one") is False else None
+    solver = "dpmpp_2m" if "DPM" in type(scheduler).__name__ else "euler"
+
+    def ours(cond: Cond) -> torch.Tensor:
+        with torch.no_grad():
+            *_, last = ode_steps(denoiser, noise, times, cond, solver=solver, end=end)
+        return last.x
+
+    last = ours(data.cond([1]))
+    pictures = (Decoder(teacher)(last) / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(torch.from_numpy(made).permute(0, 3, 1, 2), pictures, atol=1e-4, rtol=0)
-    other = data.cond([0])
-    with torch.no_grad():
-        *_, changed = ode_steps(denoiser, noise, times, other)
-    assert (changed.x - last.x).abs().max() > 1e-5, "the condition must matter"
+    assert (ours(data.cond([0])) - last).abs().max() > 1e-5, "the condition must matter"
+
+
+class InDiT(FlowMatchEulerDiscreteScheduler):
+    """The scheduler of a SiT with what the stock DiT pipeline calls of it: times down to ``1 / steps``, no scaling."""
+
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, *_: Any) -> None:
+        grid: Any = [1 - k / num_inference_steps for k in range(num_inference_steps)]
+        super().set_timesteps(sigmas=grid, device=device)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        return sample
 
 
 def moved(teacher: Teacher) -> Any:
@@ -205,7 +213,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "tbcm": {"start_ratio": INF, "route_points": 3, "jvp": "finite"},
     "tscd": {"init_ratio": INF, "segments": [2, 1], "stage_steps": [1], "teacher_steps": 4},
 }
-TABLES = ("sd", "sd-v", "lcm", "sdxl", "pixart", "dit")
+TABLES = ("sd", "sd-v", "lcm", "sdxl", "pixart", "pixart-alpha", "dit")
 """Families whose noise enters early enough that an eps-network is not asked for what it cannot say."""
 
 
@@ -223,8 +231,8 @@ def recipe(name: str, folder: Path, method: str, out: Path, **training: Any) -> 
     if name in TABLES and method == "disback":
         inner["init_ratio"] = 5.0
     data: dict[str, Any] = {"class_labels": [3, 7]} if name in CLASSES else {"prompts": list(PROMPTS)}
-    if "flux" in name:
-        data["resolution"] = 16
+    if name in SIZES:
+        data["resolution"] = SIZES[name]
     if name == "sana":
         data["resolution"] = 32
     values = {
@@ -306,7 +314,7 @@ def test_students_of_every_family_load_where_stepdistill_is_not(folders, cache, 
     """One process for all of them, in which importing stepdistill fails; images to 1e-5 of the sampler's."""
     asks, expected = [], {}
     for name in BUILD:
-        teacher = load_teacher(str(folders(name)), resolution=16 if "flux" in name else None)
+        teacher = load_teacher(str(folders(name)), resolution=SIZES.get(name))
         ratio = INF if teacher.denoiser.target == "flow" else 2.5
         method = SiD(steps=1 if name == "sit" else 2, renoising="ddim", init_ratio=ratio, input="unit")
         sampler, student = method.sampler(teacher.denoiser.process), moved(teacher)
@@ -352,7 +360,7 @@ def test_adapters_alone_make_the_teachers_pipeline_the_student(
     space: dict[str, Any] = {}
     exec(lines.replace('image.save("sample.png")', ""), space)
     assert space["image"].size
-    teacher = load_teacher(str(folders(name)), resolution=16 if name == "flux" else None)
+    teacher = load_teacher(str(folders(name)), resolution=SIZES.get(name))
     asked, images = call(name, teacher, 0) | {"guidance_scale": 1.0}, []
     merged: Any = DiffusionPipeline.from_pretrained(student)
     for pipeline in (merged, space["pipe"]):
