@@ -65,24 +65,3 @@ def read_image(file: Path | BinaryIO, name: str) -> np.ndarray:
     except Exception as error:  # Decoders raise nearly anything on damaged files.
         raise UserError(f"cannot read the image {name}: {error}") from None
     return pixels[..., None] if pixels.ndim == 2 else pixels
-
-
-def read_npz(path: Path) -> Tensor:
-    """``arr_0`` of an archive as uint8 ``(N, C, H, W)``.
-
-    Raises:
-        UserError: it is damaged, or holds no such images.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names, images = archive.files, archive.get("arr_0")
-    except Exception as error:  # zipfile, zlib and numpy each raise their own on damaged files.
-        raise UserError(f"cannot read {path}: {error}") from None
-    if images is None:
-        raise UserError(f"{path} holds {', '.join(names) or 'nothing'}; expected images under arr_0")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise UserError(f"{path}: arr_0 must be uint8 (N, H, W) or (N, H, W, C), got {images.dtype} {images.shape}")
-    images = images[..., None] if images.ndim == 3 else images
-    if images.shape[-1] not in (1, 3):
-        raise UserError(f"{path}: arr_0 must have 1 or 3 channels last, got shape {images.shape}")
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

@@ -100,7 +100,7 @@ def _bad_sources(tmp_path):
         "different sizes": (_folder(tmp_path / "sizes", *[(8, 8)] * 20, (8, 9)), "one width x height"),
         "unreadable": (broken, "017.png"),
         "another size": (_folder(tmp_path / "large", *[(12, 12)] * 20), "8x8 digits, .* got images of 12x12"),
-        "npz without arr_0": (tmp_path / "named.npz", "expected images under arr_0"),
+        "npz without arr_0": (tmp_path / "named.npz", "expected arr_0"),
     }
 
 

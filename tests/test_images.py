@@ -125,11 +125,11 @@ def test_a_folder_without_images_and_a_missing_source_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": noise(4, 8, 8)}, "holds images; expected images under arr_0"),
+        ({"images": noise(4, 8, 8)}, "holds images; expected arr_0"),
         ({}, "holds nothing"),
         ({"arr_0": noise(4, 8, 8) / 255}, "must be uint8"),
         ({"arr_0": noise(8, 8)}, r"must be uint8 \(N, H, W\)"),
-        ({"arr_0": noise(4, 3, 8, 8)}, "1 or 3 channels last"),
+        ({"arr_0": noise(4, 3, 8, 8)}, "with C = 1 or 3, got uint8"),
         ({"arr_0": np.array([None])}, "cannot read"),
     ],
 )

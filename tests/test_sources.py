@@ -193,7 +193,7 @@ def test_what_holds_no_images_is_refused_by_name(tmp_path):
         "text.zip": "holds no images",
         "torn.zip": "cannot read .*torn.zip",
         "torn.npy": "cannot read .*torn.npy",
-        "other.npz": "holds images; expected images under arr_0",
+        "other.npz": "holds images; expected arr_0",
         "float.npy": r"must be uint8 \(N, H, W, C\) .* got float64",
         "single.npy": r"must be uint8 \(N, H, W, C\) .* got uint8 \(9, 7, 3\)",
         "object.npy": "cannot read .*object.npy",

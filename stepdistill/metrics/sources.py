@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import ArrayFile, open_npy, open_npz
 from ..errors import UserError
-from ..images import DIGITS, EXTENSIONS, TEXT_DIGITS, load_digits, load_text_digits, read_image, read_npz
+from ..images import DIGITS, EXTENSIONS, TEXT_DIGITS, load_digits, load_text_digits, read_image
 from .base import Source
 
 AHEAD = 2
@@ -109,10 +110,10 @@ class _Files(Source):
 
 
 class _Arrays(Source):
-    """Memory-mapped arrays, one after the other."""
+    """Arrays of files, one after the other."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._files, self._arrays = files, [_map(file) for file in files]
+        self._files, self._arrays = files, [_open_images(file) for file in files]
         self._ends = np.cumsum([len(array) for array in self._arrays])
 
     def __len__(self) -> int:
@@ -124,7 +125,8 @@ class _Arrays(Source):
 
     def read(self, k: int) -> np.ndarray:
         shard, row = self._find(k)
-        return np.array(self._arrays[shard][row])
+        image = self._arrays[shard][row : row + 1][0]
+        return image[..., None] if image.ndim == 2 else image
 
     def _find(self, k: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, k, side="right"))
@@ -184,19 +186,21 @@ def _open_folder(folder: Path) -> Source:
     return _Files(images) if images else _Arrays(arrays)
 
 
-def _map(file: Path) -> np.ndarray:
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises several on damaged files.
-        raise UserError(f"cannot read {file}: {error}") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise UserError(f"{file} must be uint8 (N, H, W, C) with C = 1 or 3, got {array.dtype} {array.shape}")
+def _open_images(file: Path) -> ArrayFile:
+    packed = file.suffix.lower() == ".npz"
+    array = open_npz(file, "arr_0") if packed else open_npy(file)
+    grey = packed and len(array.shape) == 3
+    if array.dtype != np.uint8 or not (grey or (len(array.shape) == 4 and array.shape[-1] in (1, 3))):
+        place, form = (": arr_0", "(N, H, W) or ") if packed else ("", "")
+        raise UserError(
+            f"{file}{place} must be uint8 {form}(N, H, W, C) with C = 1 or 3, got {array.dtype} {array.shape}"
+        )
     return array
 
 
 _OPENERS: dict[str, Callable[[Path], Source]] = {
     ".zip": _Zip,
-    ".npz": lambda path: MemorySource(read_npz(path), label=str(path)),
+    ".npz": lambda path: _Arrays([path]),
     ".npy": lambda path: _Arrays([path]),
 }
 
