@@ -34,7 +34,7 @@ from .quantization import quantized
 from .recipe import parse
 from .report import read_history
 from .snapshots import OnDisk
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, load_teacher, with_weights
 from .trainer import Trainer, stop_signals
 
 
@@ -80,12 +80,12 @@ class Run:
         """Build every part; nothing is written yet."""
         self.config, self.stages, self.folder = config, config.plan, config.output_dir
         check_trackers(config.training.trackers)
-        self.teacher: Teacher = load_teacher(
-            config.teacher, resolution=config.data.resolution, dtype=config.training.teacher_dtype
+        teacher = load_teacher(
+            config.teacher, resolution=config.data.resolution, dtype=config.training.teacher_dtype, weights=False
         )
-        self.samplers, self.hosted = checked(config, self.teacher)
-        self.teacher = quantized(self.teacher, config.training)
-        images = real_images(self.teacher, config.real_data) if config.real_data else None
+        self.samplers, self.hosted = checked(config, teacher)
+        images = real_images(teacher, config.real_data) if config.real_data else None
+        self.teacher: Teacher = quantized(with_weights(teacher), config.training)
         self.accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision,
             log_with=list(config.training.trackers) or None,

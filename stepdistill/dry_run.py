@@ -266,7 +266,9 @@ def _bytes(tensor: Any) -> int:  # noqa: ANN401
 
 def _teacher(config: Config) -> Teacher:
     dtype = config.training.teacher_dtype
-    return load_teacher(config.teacher, resolution=config.data.resolution, dtype=dtype, weights=False)
+    teacher = load_teacher(config.teacher, resolution=config.data.resolution, dtype=dtype, weights=False)
+    teacher.network.to(META)  # of a function's network, whose weights are of no use here
+    return teacher
 
 
 def _data(config: Config, teacher: Teacher) -> DataFree:

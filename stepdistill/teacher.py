@@ -110,17 +110,19 @@ def load_teacher(
             is run, see ``plain_of``.
         resolution: height and width of its pictures in pixels; the pipeline's own by default.
         dtype: of its weights.
-        weights: ``False`` reads settings alone: the network is on the meta device.
+        weights: ``False`` reads settings alone: the network is on the meta device, until ``with_weights``.  What a
+            function returns has its weights at once.
 
     Raises:
         UserError: nothing there, or a pipeline, network or scheduler that is not supported; raised from the
             settings files, before weights are downloaded or read.
     """
     if source.startswith(PYTHON):
-        return _plain(source, resolution, dtype, weights=weights)
+        return _plain(source, resolution, dtype)
     folder = locate(source)
     index, family = read_index(folder / "model_index.json", source)
-    config = _config(folder, family, source)
+    network = _skeleton(folder, family, source)
+    config = dict(network.config)
     if reason := family.refuse(config):
         raise UserError(f"{source}: {reason}")
     scale = _pixels(folder, index, source)
@@ -128,17 +130,8 @@ def load_teacher(
     read_json(part(folder, "scheduler") / "scheduler_config.json", source)
     scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(part(folder, "scheduler"))
     reading = read_scheduler(scheduler, tokens=family.tokens(config, shape))
-    if weights:
-        folder = whole(source, folder, index)
-        try:
-            network = family.network.from_pretrained(part(folder, family.component), torch_dtype=getattr(torch, dtype))
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{source}: cannot read the weights in {family.component}/: {first_line(error)}") from None
-    else:
-        with torch.device("meta"):
-            network = nn.Module.to(family.network.from_config(config), getattr(torch, dtype))
-    network = network.eval().requires_grad_(False)
-    return Teacher(
+    network = nn.Module.to(network, getattr(torch, dtype)).eval().requires_grad_(False)
+    teacher = Teacher(
         source=source,
         folder=folder,
         index=index,
@@ -150,16 +143,34 @@ def load_teacher(
         classes=family.classes(config),
         embeds_guidance=family.embeds_guidance(config),
     )
+    return with_weights(teacher) if weights else teacher
 
 
-def _plain(source: str, resolution: int | None, dtype: Precision, *, weights: bool) -> Teacher:
-    """The network that a function returns, which is asked also where the weights are of no use."""
+def with_weights(teacher: Teacher) -> Teacher:
+    """``teacher``, of which settings were read, with the weights of its network; downloaded where it is a hub id.
+
+    Raises:
+        UserError: they cannot be had or read.
+    """
+    if teacher.family is PLAIN:
+        return teacher
+    family, source, dtype = teacher.family, teacher.source, teacher.network.dtype
+    folder = whole(source, teacher.folder, teacher.index)
+    try:
+        network = family.network.from_pretrained(part(folder, family.component), torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{source}: cannot read the weights in {family.component}/: {first_line(error)}") from None
+    network = network.eval().requires_grad_(False)
+    return replace(teacher, folder=folder, network=network, denoiser=replace(teacher.denoiser, network=network))
+
+
+def _plain(source: str, resolution: int | None, dtype: Precision) -> Teacher:
+    """The network that a function returns."""
     plain = plain_of(source)
     network = plain.network.to("cpu", getattr(torch, dtype)).eval().requires_grad_(False)
     scale = check_plain(plain, source)
     if resolution not in (None, plain.shape[1] * scale):
         raise UserError(f"data.resolution={resolution}: {source} makes {plain.shape[1] * scale} only; remove it")
-    network = network if weights else network.to("meta")
     return Teacher(
         source=source,
         folder=Path(),
@@ -174,12 +185,12 @@ def _plain(source: str, resolution: int | None, dtype: Precision, *, weights: bo
     )
 
 
-def _config(folder: Path, family: Family, source: str) -> dict[str, Any]:
-    """The network's settings with every default, read without its weights."""
+def _skeleton(folder: Path, family: Family, source: str) -> Any:  # noqa: ANN401
+    """The network on the meta device: its settings with every default, without its weights."""
     written = read_json(part(folder, family.component) / "config.json", source)
     try:
         with torch.device("meta"):
-            return dict(family.network.from_config(written).config)
+            return family.network.from_config(written)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{source}: cannot read {family.component}/config.json: {first_line(error)}") from None
 

@@ -1,6 +1,7 @@
 """Prompts: files, lists, the encoded copy on disk, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -94,8 +95,6 @@ def test_prompts_are_encoded_once(teacher, monkeypatch):
 
 
 def test_encoded_prompts_of_another_text_encoder_are_not_used(teacher, folder, tmp_path, monkeypatch):
-    import shutil
-
     encode(teacher, ["a cat"], None)
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -170,6 +169,29 @@ def test_recipes_that_cannot_work_are_refused_before_anything_is_written(changes
     with pytest.raises(UserError, match=message):
         distill(Config.model_validate(settings))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"prompts": "nowhere.txt"}}, "no file"),
+        ({"training": {"lora": {"student": {"targets": ["to_nothing"]}}}}, "to_nothing matches no layer"),
+        ({"method": {"name": "sid"}}, "set method.input=unit"),
+    ],
+)
+def test_what_settings_alone_show_is_refused_before_any_weights_are_read(changes, message, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = {
+        "teacher": str(tmp_path / "teacher"),
+        "output_dir": str(tmp_path / "run"),
+        "steps": 1,
+        "method": {"name": "sid", "input": "unit"},
+        "data": {"prompts": ["a cat"]},
+    }
+    with pytest.raises(UserError, match=message):
+        distill(Config.model_validate({**settings, **changes}))
+    with pytest.raises(UserError, match="cannot read the weights"):
+        distill(Config.model_validate(settings))
 
 
 def test_resolution_must_fit_the_vae(folder):
