@@ -15,7 +15,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
@@ -59,7 +58,6 @@ class Section(BaseModel):
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-"""Learning-rate schedules of diffusers."""
 
 
 class Optimizer(Section):
@@ -116,6 +114,8 @@ class Training(Section):
     """Rows that a frozen network is called with at a time; null is all.  Less memory where no gradient goes through."""
     teacher_dtype: Precision = "float32"
     """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
+    parts_dtype: Precision = "float32"
+    """Weights of its text encoders and VAE, and prompts as they are kept."""
     quantize_teacher: Annotated[str, AfterValidator(_bits)] | None = None
     """Linear layers of the frozen teacher in eight bits (``int8``, torchao) or four (``nf4``, bitsandbytes), or the
     path of a ``.gguf`` file with its weights; what learns starts from the pipeline's whole weights."""
@@ -195,7 +195,7 @@ class Evaluate(Section):
 
     reference: str
     """What to compare with: images or statistics, as ``stepdistill fid`` takes them."""
-    preset: str = "digits"
+    preset: Annotated[str, AfterValidator(lambda name: protocol(name).name)] = "digits"
     """Protocol, of ``stepdistill fid presets``."""
     metrics: tuple[str, ...] = ("fid",)
     """In place of the protocol's."""
@@ -212,11 +212,6 @@ class Evaluate(Section):
     ``output_dir/best``; null keeps none."""
     teacher_steps: tuple[PositiveInt, ...] = (50, 10, 1)
     """DDIM steps of the teacher's rows."""
-
-    @field_validator("preset")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        return protocol(name).name
 
     @model_validator(mode="after")
     def _measurable(self) -> Evaluate:

@@ -26,7 +26,7 @@ class DataFree:
     """Shape of one sample, ``(C, H, W)``."""
     device: torch.device
     table: Cond = field(default_factory=dict)
-    """Conditions to draw from uniformly, one row each, on the CPU; empty for an unconditional teacher."""
+    """Conditions to draw from uniformly, one row each, on the CPU or on disk; empty for an unconditional teacher."""
     order: Tensor | None = None
     """``(N,)`` rows of ``table`` in the order given, where some are given more than once."""
     null: Cond | None = None
@@ -73,7 +73,7 @@ class DataFree:
         return picks if self.order is None else self.order[picks]
 
     def _told(self, rows: Tensor) -> Cond:
-        return {key: value.to(self.device, non_blocking=True) for key, value in select(self.table, rows).items()}
+        return _moved(select(self.table, rows), self.device)
 
 
 def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
@@ -96,10 +96,18 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
         device,
         table,
         order=torch.tensor([place[prompt] for prompt in prompts]),
-        null={key: value.to(device) for key, value in null.items()},
+        null=_moved(null, device),
         prompts=tuple(distinct),
         scales=scales,
     )
+
+
+def _moved(cond: Cond, device: torch.device) -> Cond:
+    """``cond`` on ``device``, in float32 where it is not whole numbers; of pinned memory, which nobody waits for."""
+    if device.type == "cuda":
+        cond = {key: value.pin_memory() for key, value in cond.items()}
+    moved = {key: value.to(device, non_blocking=True) for key, value in cond.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in moved.items()}
 
 
 def scales_drawn(teacher: Teacher, data: Data) -> tuple[str, float, float] | None:

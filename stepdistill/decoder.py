@@ -33,15 +33,20 @@ class Decoder:
             return samples
         vae = self._loaded().to(samples.device)
         latents = samples / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
-        pictures = torch.cat([vae.decode(part, return_dict=False)[0] for part in latents.split(_BATCH)])
+        parts = latents.to(vae.dtype).split(_BATCH)
+        pictures = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
         vae.to("cpu")
-        return pictures
+        return pictures.float()
 
     def _loaded(self) -> Any:  # noqa: ANN401
         if self._vae is None:
+            dtype = getattr(torch, self.teacher.parts_dtype)
             try:
-                self._vae = AutoModel.from_pretrained(str(self.teacher.folder), subfolder="vae").eval()
+                vae = AutoModel.from_pretrained(str(self.teacher.folder), subfolder="vae", torch_dtype=dtype).eval()
             except (OSError, ValueError, RuntimeError) as error:
                 reason = first_line(error)
                 raise UserError(f"{self.teacher.source}: cannot read its VAE: {reason}") from None
+            # SDXL's exceeds the range of float16, and its settings say so.
+            overflows = dtype == torch.float16 and vae.config.get("force_upcast")
+            self._vae = vae.float() if overflows else vae
         return self._vae

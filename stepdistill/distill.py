@@ -34,7 +34,7 @@ from .quantization import quantized
 from .recipe import parse
 from .report import read_history
 from .snapshots import OnDisk
-from .teacher import Teacher, load_teacher, with_weights
+from .teacher import Teacher, settings_of, with_weights
 from .trainer import Trainer, stop_signals
 
 
@@ -80,9 +80,7 @@ class Run:
         """Build every part; nothing is written yet."""
         self.config, self.stages, self.folder = config, config.plan, config.output_dir
         check_trackers(config.training.trackers)
-        teacher = load_teacher(
-            config.teacher, resolution=config.data.resolution, dtype=config.training.teacher_dtype, weights=False
-        )
+        teacher = settings_of(config)
         self.samplers, self.hosted = checked(config, teacher)
         images = real_images(teacher, config.real_data) if config.real_data else None
         self.teacher: Teacher = quantized(with_weights(teacher), config.training)

@@ -28,7 +28,7 @@ from .data import DataFree, class_labels, draws, real_images, scales_drawn
 from .learners import learning, networks, tune
 from .preflight import check_derivatives, check_trackers, checked
 from .quantization import quantized
-from .teacher import Teacher, load_teacher
+from .teacher import Teacher, settings_of
 from .trainer import Trainer
 
 META = torch.device("meta")
@@ -265,8 +265,7 @@ def _bytes(tensor: Any) -> int:  # noqa: ANN401
 
 
 def _teacher(config: Config) -> Teacher:
-    dtype = config.training.teacher_dtype
-    teacher = load_teacher(config.teacher, resolution=config.data.resolution, dtype=dtype, weights=False)
+    teacher = settings_of(config)
     teacher.network.to(META)  # of a function's network, whose weights are of no use here
     return teacher
 

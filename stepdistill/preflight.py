@@ -218,7 +218,7 @@ def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
             f"data.guidance_scale: the other network of {method.name} must be told the scale that a sample drew, which "
             "adapters and networks that a method goes back to cannot be; give one scale"
         )
-    shared = {"teacher_dtype", "quantize_teacher", "teacher_device", "offload_teacher", "attention"}
+    shared = {"teacher_dtype", "parts_dtype", "quantize_teacher", "teacher_device", "offload_teacher", "attention"}
     run = config.training.model_dump(include=shared)
     if apart := [key for key, value in training.model_dump(include=shared).items() if value != run[key]]:
         raise UserError(f"the stages share one teacher; set training.{apart[0]} of the run alone")

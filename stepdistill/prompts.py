@@ -8,8 +8,7 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,18 @@ import diffusers
 import torch
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .backbones import Family
 from .bundled import BUILTIN
-from .conditions import Cond, concatenate
+from .conditions import Cond
 from .config import Column
 from .errors import UserError, first_line
 from .sources import components, pipeline_class
+from .streaming import write_rows
 from .styles import CAPTIONS
 from .teacher import Teacher
 
@@ -36,13 +36,15 @@ CACHE = Path(HF_HOME) / "stepdistill" / "prompts"
 """Where encoded prompts are kept, one file per text encoder and list of prompts."""
 
 _BATCH = 16
+_COUNTED = 1024
 _NULL = "null."
 
 
 def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
     """The prompts of a text file, one a line, of a list or a dataset, or the captions of ``builtin:digits_text``.
 
-    Blank lines are skipped; a line of two quotation marks (``""``) is the empty caption.
+    Blank lines are skipped, with a warning that counts them; a line of two quotation marks (``""``) is the empty
+    caption.
 
     Raises:
         UserError: no file, not UTF-8 (naming the line), or no prompt in it.
@@ -58,7 +60,10 @@ def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
         if not path.is_file():
             raise UserError(f"data.prompts: there is no file {source!r}; give a text file with one prompt a line")
         lines = path.read_bytes().split(b"\n")
-        prompts = ["" if line == '""' else line for k, raw in enumerate(lines, 1) if (line := _line(raw, k, source))]
+        read = [_line(raw, k, source) for k, raw in enumerate(lines, 1)]
+        prompts = ["" if line == '""' else line for line in read if line]
+        if blank := len(read) - len(prompts) - (not read[-1]):  # nothing follows the end of the last line
+            warnings.warn(f'{source}: {blank} blank lines are skipped; "" is the empty caption', stacklevel=2)
     if not prompts:
         raise UserError(f'{name} holds no prompt; write one a line, or "" for the empty caption')
     return prompts
@@ -89,43 +94,44 @@ def _line(raw: bytes, number: int, source: str) -> str:
 def encode(
     teacher: Teacher, prompts: Sequence[str], negative: str | None, *, device: torch.device | str = "cpu"
 ) -> tuple[Cond, Cond]:
-    """The conditions of distinct ``prompts``, one row each, and of the negative one, on the CPU in float32.
+    """The conditions of distinct ``prompts``, one row each, and of the negative one, on the CPU.
 
-    Text encoders are loaded for this alone; what they say is kept in ``CACHE`` and read from there the next time.
+    Text encoders are loaded for this alone, in ``teacher.parts_dtype``, which the rows have too.  What they say is
+    written to ``CACHE`` as it is made, and mapped into memory from there: rows that nobody asks for are not read.
 
     Raises:
         UserError: the text encoders cannot be read, or the kept file cannot be read or written.
     """
     path = CACHE / f"{_fingerprint(teacher, prompts, negative)}.safetensors"
-    if path.is_file():
+    if not path.is_file():
+        made, null = _encode(teacher, prompts, negative, device)
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
         try:
-            return _split(load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the encoded prompts in {path}: {error}; delete the file") from None
-    made, null = _encode(teacher, prompts, negative, device)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(temporary, made, len(prompts), {_NULL + key: value for key, value in null.items()})
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write the encoded prompts to {path}: {first_line(error)}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({**_plain(made), **{_NULL + key: value for key, value in _plain(null).items()}}, temporary)
-        temporary.replace(path)
+        return _split(load_file(path))
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write the encoded prompts to {path}: {first_line(error)}") from None
-    return made, null
+        raise UserError(f"cannot read the encoded prompts in {path}: {error}; delete the file") from None
 
 
 @torch.no_grad()
 def _encode(
     teacher: Teacher, prompts: Sequence[str], negative: str | None, device: torch.device | str
-) -> tuple[Cond, Cond]:
+) -> tuple[Iterator[Cond], Cond]:
+    """The conditions of the prompts, some rows at a time, and of the negative one."""
     family, config, size = teacher.family, teacher.network.config, teacher.picture_size
     assert family.encode is not None
     pipeline = _text_part(teacher, family, device)
     _warn_of_long(pipeline, prompts)
     batches = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
     bar = tqdm(batches, desc="encode prompts", mininterval=1, disable=len(batches) < 2)
-    made = concatenate(*[family.encode(pipeline, batch, config, size) for batch in bar])
+    made = (family.encode(pipeline, batch, config, size) for batch in bar)
     if family.null is None:
         return made, family.encode(pipeline, [negative or ""], config, size)
     return made, family.null(pipeline, negative, config, size)
@@ -139,7 +145,10 @@ def _warn_of_long(pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: ANN40
         most, told = tokenizer.model_max_length, signature(pipeline.encode_prompt).parameters.get("max_sequence_length")
         if told is not None and "CLIP" not in type(tokenizer).__name__:
             most = min(most, told.default)
-        counts = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]]
+        counts: list[int] = []
+        for start in range(0, len(prompts), _COUNTED):
+            some = list(prompts[start : start + _COUNTED])
+            counts += map(len, tokenizer(some, truncation=False, verbose=False)["input_ids"])
         long = [k for k, count in enumerate(counts) if count > most]
         if long:
             warnings.warn(
@@ -163,7 +172,8 @@ def _text_part(teacher: Teacher, family: Family, device: torch.device | str) -> 
     logging.disable_progress_bar()
     try:
         kind = pipeline_class(teacher.index)
-        pipeline: Any = kind.from_pretrained(teacher.folder, **left_out, **{family.component: skeleton})
+        told = {**left_out, family.component: skeleton, "torch_dtype": getattr(torch, teacher.parts_dtype)}
+        pipeline: Any = kind.from_pretrained(teacher.folder, **told)
         for name, part in pipeline.components.items():
             if name.startswith("text_encoder") and part is not None:
                 part.to(device)
@@ -181,13 +191,12 @@ def _fingerprint(teacher: Teacher, prompts: Sequence[str], negative: str | None)
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.parent.name}/{path.name} {content}".encode())
-    told = [teacher.index, dict(teacher.network.config), teacher.picture_size, negative, list(prompts)]
+    # Of settings that begin with a line, one says where the weights were read from, if they were.
+    settings = {key: value for key, value in teacher.network.config.items() if not key.startswith("_")}
+    told = [teacher.index, settings, teacher.picture_size, negative, list(prompts)]
+    told += [] if teacher.parts_dtype == "float32" else [teacher.parts_dtype]
     digest.update(json.dumps(told, default=str).encode())
     return digest.hexdigest()[:32]
-
-
-def _plain(cond: Cond) -> dict[str, Tensor]:
-    return {key: value.contiguous().clone() for key, value in cond.items()}
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[Cond, Cond]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .backbones import Family
 from .backbones.plain import PLAIN
 from .conditions import Cond
-from .config import Data, Precision
+from .config import Config, Data, Precision
 from .denoiser import Denoiser, Guidance
 from .errors import UserError, first_line
 from .plain import PYTHON, check_plain, plain_of
@@ -45,6 +45,8 @@ class Teacher:
     """Number of class labels; ``None`` for a network without."""
     embeds_guidance: bool = False
     """Whether the network is told a guidance scale, instead of being called twice."""
+    parts_dtype: Precision = "float32"
+    """Of the weights of its text encoders and VAE."""
     decode: Callable[[Tensor], Tensor] | None = None
     """Makes pictures of samples, see ``Plain``."""
 
@@ -101,7 +103,12 @@ class Teacher:
 
 
 def load_teacher(
-    source: str, *, resolution: int | None = None, dtype: Precision = "float32", weights: bool = True
+    source: str,
+    *,
+    resolution: int | None = None,
+    dtype: Precision = "float32",
+    parts_dtype: Precision = "float32",
+    weights: bool = True,
 ) -> Teacher:
     """Load a frozen teacher on the CPU; its text encoders and VAE stay on disk.
 
@@ -110,6 +117,7 @@ def load_teacher(
             is run, see ``plain_of``.
         resolution: height and width of its pictures in pixels; the pipeline's own by default.
         dtype: of its weights.
+        parts_dtype: of those of its text encoders and VAE.
         weights: ``False`` reads settings alone: the network is on the meta device, until ``with_weights``.  What a
             function returns has its weights at once.
 
@@ -142,8 +150,20 @@ def load_teacher(
         scale=scale,
         classes=family.classes(config),
         embeds_guidance=family.embeds_guidance(config),
+        parts_dtype=parts_dtype,
     )
     return with_weights(teacher) if weights else teacher
+
+
+def settings_of(config: Config) -> Teacher:
+    """The teacher of a run, without weights, see ``load_teacher``."""
+    return load_teacher(
+        config.teacher,
+        resolution=config.data.resolution,
+        dtype=config.training.teacher_dtype,
+        parts_dtype=config.training.parts_dtype,
+        weights=False,
+    )
 
 
 def with_weights(teacher: Teacher) -> Teacher:

@@ -1,7 +1,14 @@
 """Prompts: files, lists, the encoded copy on disk, and what is refused."""
 
 import json
+import runpy
 import shutil
+import subprocess
+import sys
+import warnings
+import weakref
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +20,11 @@ from stepdistill import prompts
 from stepdistill.__main__ import main
 from stepdistill.config import Column, Config, Data
 from stepdistill.data import data_free
+from stepdistill.decoder import Decoder
 from stepdistill.distill import distill
 from stepdistill.errors import UserError
 from stepdistill.prompts import encode, read_prompts
+from stepdistill.streaming import write_rows
 from stepdistill.styles import CAPTIONS, digits_of
 from stepdistill.teacher import load_teacher
 
@@ -41,7 +50,11 @@ def written(tmp_path, content: bytes) -> str:
 
 def test_a_file_gives_one_prompt_a_line_and_an_empty_one_where_it_says_so(tmp_path):
     file = written(tmp_path, '\ufeffa cat\r\n\n  two dogs  \n""\nein Fuchs im Gr\u00fcn\n'.encode())
-    assert read_prompts(file) == ["a cat", "two dogs", "", "ein Fuchs im Gr\u00fcn"]
+    with pytest.warns(UserWarning, match=r"prompts.txt: 1 blank lines are skipped"):
+        assert read_prompts(file) == ["a cat", "two dogs", "", "ein Fuchs im Gr\u00fcn"]
+    with warnings.catch_warnings(action="error"):
+        assert read_prompts(written(tmp_path, b"a cat\ntwo dogs\n")) == ["a cat", "two dogs"]
+        assert read_prompts(written(tmp_path, b"a cat\ntwo dogs")) == ["a cat", "two dogs"]
     assert read_prompts(["a", "b", "a"]) == ["a", "b", "a"]
     assert read_prompts("builtin:digits_text") == list(CAPTIONS)
 
@@ -249,3 +262,92 @@ def test_prompts_that_a_tokenizer_cuts_are_counted_and_the_first_is_shown(teache
     monkeypatch.setattr(prompts, "CACHE", tmp_path)
     with pytest.warns(UserWarning, match=r"1 of 2 prompts have more tokens than tokenizer reads \(77\).*'xxxx"):
         encode(teacher, ["a cat", "x" * 100], None)
+
+
+def test_encoded_prompts_are_written_and_read_a_few_rows_at_a_time(teacher, monkeypatch):
+    """As many as a data set has do not fit a memory, nor do those of a batch's neighbours need to."""
+    family, held = teacher.family, []
+
+    def encode_and_look(pipeline, batch, *told):
+        made = family.encode(pipeline, batch, *told)
+        held[:] = [reference for reference in held if reference() is not None]
+        held.append(weakref.ref(made["encoder_hidden_states"]))
+        assert len(held) <= 4
+        return made
+
+    words = [f"number {k}" for k in range(6 * prompts._BATCH + 3)]
+    told = replace(teacher, family=replace(family, encode=encode_and_look))
+    made, _ = encode(told, words, None)
+    one, _ = encode(teacher, [words[-2]], None)
+    torch.testing.assert_close(made["encoder_hidden_states"][[-2]], one["encoder_hidden_states"], atol=1e-6, rtol=0)
+    assert not list(prompts.CACHE.glob(".*")), "no temporary files are left"
+
+
+def test_what_memory_holds_of_encoded_prompts_is_what_was_asked_for(tmp_path):
+    """Of a file of 64 MB, sixteen rows: nearly nothing is resident."""
+    rows = ({"a": torch.full((8, 77, 256), float(k)), "mask": torch.ones(8, 3, dtype=torch.bool)} for k in range(100))
+    write_rows(tmp_path / "rows.safetensors", rows, 800, {"null.a": torch.full((1, 5), 7.0, dtype=torch.bfloat16)})
+    script = (
+        "import sys, torch; from safetensors.torch import load_file\n"
+        "def used(): return sum(int(line.split()[1]) for line in open('/proc/self/status') if 'Rss' in line)\n"
+        "before = used(); table = load_file(sys.argv[1])\n"
+        "assert table['a'][[0, 799]].mean((1, 2)).tolist() == [0.0, 99.0] and table['mask'].all()\n"
+        "assert table['null.a'].tolist() == [[7.0] * 5] and table['a'].shape == (800, 77, 256)\n"
+        "print((used() - before) / 1000)"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "rows.safetensors")]
+    assert float(subprocess.run(words, check=True, capture_output=True, text=True).stdout) < 20
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "flux"])
+def test_text_encoders_and_prompts_may_be_half_as_large(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    place = str(build(family, tmp_path / family))
+    asked = Data(prompts=("a cat", "a dog"))
+    whole, half = (data_free(load_teacher(place, parts_dtype=kind), asked, CPU) for kind in ("float32", "bfloat16"))
+    assert half.table["encoder_hidden_states"].dtype == torch.bfloat16
+    assert len(list(prompts.CACHE.glob("*.safetensors"))) == 2
+    exact, near = whole.cond([0, 1]), half.cond([0, 1])
+    for key, value in near.items():
+        assert value.dtype == exact[key].dtype, "networks are told the same kind of number"
+        if value.is_floating_point():
+            difference = (value - exact[key]).abs().max() / exact[key].abs().max()
+            assert difference < 0.05
+            assert key != "encoder_hidden_states" or difference > 0
+    assert half.null is None or half.null["encoder_hidden_states"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "upcast", "found"), [("bfloat16", True, "bfloat16"), ("float16", True, "float32")])
+def test_a_vae_is_read_in_the_precision_asked_for_unless_it_would_overflow(kind, upcast, found, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "teacher")
+    config = tmp_path / "teacher/vae/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "force_upcast": upcast}))
+    decode = Decoder(load_teacher(str(tmp_path / "teacher"), parts_dtype=kind))
+    torch.manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8)
+    pictures, exact = decode(latents), Decoder(load_teacher(str(folder)))(latents)
+    assert decode._vae.dtype == getattr(torch, found)
+    assert pictures.dtype == torch.float32
+    torch.testing.assert_close(pictures, exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+
+
+def test_encode_prompts_needs_tokenizers_and_text_encoders_alone(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    bare = tmp_path / "teacher"
+    shutil.copytree(folder, bare)
+    for part in ("unet", "vae"):
+        next((bare / part).glob("*.safetensors")).unlink()
+    script = str(Path(__file__).parent.parent / "training/encode_prompts.py")
+    main_of = runpy.run_path(script)["main"]
+    told = [f"teacher={bare}", "output_dir=x", "steps=1", "data.negative_prompt=rain"]
+    words = [script, "--config", "sd21_swiftbrush", *told, "data.prompts=[a cat, two dogs, a cat]"]
+    monkeypatch.setattr(sys, "argv", words)
+    main_of()
+    assert "2 distinct prompts are encoded" in capsys.readouterr().out
+    monkeypatch.setattr(prompts, "_encode", lambda *_: pytest.fail("encoded again"))
+    asked = Data(prompts=("a cat", "two dogs", "a cat"), negative_prompt="rain")
+    data_free(load_teacher(str(folder)), asked, CPU)  # what a run does
+    monkeypatch.setattr(sys, "argv", [*words[:-1], "data.prompts=nowhere.txt"])
+    with pytest.raises(SystemExit):
+        main_of()
+    assert "no file 'nowhere.txt'" in capsys.readouterr().err

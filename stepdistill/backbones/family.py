@@ -79,8 +79,8 @@ def square(config: Config) -> tuple[int, int, int]:
 
 
 def rows(**tensors: torch.Tensor) -> Cond:
-    """A condition on the CPU, in float32 where it is not whole numbers."""
-    return {k: (v.float() if v.is_floating_point() else v).detach().cpu() for k, v in tensors.items()}
+    """A condition on the CPU."""
+    return {key: value.detach().cpu() for key, value in tensors.items()}
 
 
 def numbers(cond: Cond) -> dict[str, torch.Tensor]:
