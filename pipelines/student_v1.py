@@ -64,7 +64,12 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         sigmas: list[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Begin; every argument but ``device`` is what pipelines say by default, and of no effect."""
+        """Begin; other numbers of steps, or of sigmas, are refused, and ``mu`` is of no effect."""
+        asked = num_inference_steps if sigmas is None else len(sigmas)
+        if asked not in (None, len(self.calls)):
+            raise ValueError(
+                f"this student makes {len(self.calls)} calls, got num_inference_steps={asked}; leave it out"
+            )
         self.timesteps = torch.tensor([call["label"] for call in self.calls], dtype=torch.float32, device=device)
         self.num_inference_steps, self._done = len(self.calls), 0
 

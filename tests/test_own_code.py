@@ -101,6 +101,17 @@ def test_two_students_in_one_process_do_not_share_their_file(tmp_path):
     assert len(names) == 2
 
 
+def test_another_number_of_steps_than_the_grid_has_is_refused(tmp_path):
+    denoiser, sampler = student(TABLE, "eps"), GRIDS[0][2]
+    export(
+        denoiser, sampler, plan(denoiser, sampler, classes=None, own_code=True), tmp_path / "a", shape=SHAPE, cond={}
+    )
+    pipeline: Any = DiffusionPipeline.from_pretrained(tmp_path / "a", trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"makes 3 calls, got num_inference_steps=8; leave it out"):
+        pipeline(num_inference_steps=8)
+    assert len(pipeline(num_inference_steps=3).images) == 1
+
+
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart", "sana", "flux", "dit", "sit"])
 def test_plain_calls_of_every_family_are_right(name, tmp_path, monkeypatch, capsys):
     """The export itself calls the pipeline with prompt or label alone and compares it with the sampler."""
