@@ -80,10 +80,11 @@ class Lora(Section):
     """A role that learns low-rank adapters on the teacher's own weights instead of a full copy (Hu et al. 2022)."""
 
     rank: PositiveInt = 64
-    alpha: PositiveFloat = 64.0
-    """The adapters count ``alpha / rank`` (SwiftBrush: 108 / 64)."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names, or ends of names, of the linear and convolution layers that get adapters."""
+    alpha: PositiveFloat | None = None
+    """The adapters count ``alpha / rank`` (SwiftBrush: 108 / 64); null is the rank."""
+    targets: tuple[str, ...] | None = None
+    """Names, or ends of names, of the linear and convolution layers that get adapters; null is the projections of
+    every attention, those of the text among them in SD3 and Flux."""
 
 
 class Training(Section):
@@ -237,6 +238,9 @@ class Export(Section):
     own_code: bool = False
     """Also write a pipeline file into the student's folder: a plain call is right with it, and students run that no
     stock scheduler has a place for.  Whoever loads it must consent, by ``trust_remote_code=True``."""
+    check: bool = True
+    """Compare the written pipeline with the student's sampler: it runs on the CPU in float32, which takes the memory of
+    all its parts, and for pictures of a thousand pixels an hour or more."""
 
 
 class Stage(Section):

@@ -20,12 +20,13 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 
+from .adapters import save_adapters
 from .best import Best
 from .checkpoints import Checkpoints
 from .config import Config, Training
 from .data import data_free, real_images
 from .errors import Diverged, UserError
-from .export import save_adapters, single_time
+from .export import single_time
 from .learners import networks, tune
 from .lora import merged
 from .outcome import Outcome

@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils import logging
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import nn
 
 from .backbones import Family
@@ -34,6 +32,7 @@ from .conditions import Cond
 from .copies import on_cpu
 from .decoder import Decoder
 from .denoiser import Denoiser
+from .errors import first_line
 from .hosting import Plan
 from .lora import merged
 from .own_code import code_of, runs_own_code, write_code
@@ -95,6 +94,7 @@ def export(
     cond: Cond,
     host: Host | None = None,
     own_code: bool = False,
+    check: bool = True,
 ) -> None:
     """Write the student's pipeline to ``folder`` (a temporary name first), and check it against the sampler.
 
@@ -107,16 +107,18 @@ def export(
         cond: conditions of the samples of the check, four of them or those of ``host.call``.
         host: where the student is what its teacher is: a pipeline, whose other files are copied, or a plain network.
         own_code: also write the student's own pipeline file, with which a plain call is right.
+        check: ``False`` leaves the check out.
 
     Raises:
-        RuntimeError: the reloaded pipeline differs from the sampler by more than 1e-4.
+        RuntimeError: see ``accept``.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     network = stock_network(denoiser, sampler, hosted, host.teacher.family if host else UNET2D)
     if host and host.teacher.family is PLAIN:
         write_plain(network, sampler, host.teacher, temporary)
-        _accept(temporary, folder, plain_error(denoiser, sampler, host.teacher, temporary, cond))
+        compare = partial(plain_error, denoiser, sampler, host.teacher, temporary, cond)
+        accept(temporary, folder, compare if check else None)
         return
     if hosted.pipeline is not None:
         hosted.pipeline(unet=network, scheduler=hosted.scheduler).save_pretrained(temporary)  # type: ignore[call-arg]
@@ -132,73 +134,35 @@ def export(
         write_code(temporary, stock=stock, call=call, grid=hosted.grid)
         description |= {"stock": stock, "sole": hosted.grid is not None}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    error = export_error(denoiser, sampler, temporary, shape=shape, cond=cond, host=host)
-    _accept(temporary, folder, error)
+    compare = partial(export_error, denoiser, sampler, temporary, shape=shape, cond=cond, host=host)
+    accept(temporary, folder, compare if check else None)
 
 
-def _accept(temporary: Path, folder: Path, error: float) -> None:
-    if not error < 1e-4:
-        raise RuntimeError(f"the exported pipeline differs from the student's sampler by {error:.2g}; kept {temporary}")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+def accept(temporary: Path, folder: Path, compare: Callable[[], float] | None) -> None:
+    """Give the complete folder ``temporary`` its name, in place of an older one; it is kept whatever happens.
 
-
-@torch.no_grad()
-def export_lora(
-    denoiser: Denoiser,
-    sampler: StudentSampler,
-    hosted: Plan,
-    folder: Path,
-    *,
-    shape: tuple[int, ...],
-    cond: Cond,
-    host: Host,
-) -> bool:
-    """Write the adapters of a student that is made of them, and its scheduler, for the teacher's own pipeline.
-
-    Returns:
-        Whether that can be: what is folded into other weights cannot travel with them.
+    Args:
+        temporary: what was written.
+        folder: its name.
+        compare: says by how much it differs from the sampler; ``None`` where that is not asked.
 
     Raises:
-        RuntimeError: the teacher's pipeline with the adapters differs from the sampler by more than 1e-4.
+        RuntimeError: it differs by more than 1e-4, or the comparison broke off.
     """
-    teacher, component = host.teacher, host.teacher.family.component
-    if hosted.scheduler is None or not math.isclose(hosted.map.output, hosted.output, rel_tol=1e-6):
-        return False
-    pipeline: Any = pipeline_class(teacher.index).from_pretrained(teacher.folder, **empty_parts(teacher.index))
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_adapters(denoiser.network, temporary, teacher)
-    hosted.scheduler.save_pretrained(temporary / "scheduler")
-    module = pipeline.components[component]
-    nn.Module.to(module, teacher.network.dtype).float()  # the weights that the adapters were trained on
-    if reads_adapters(teacher):
-        pipeline.load_lora_weights(temporary)
-    else:
-        setattr(pipeline, component, PeftModel.from_pretrained(module, str(temporary)).merge_and_unload())
-    pipeline.scheduler = hosted.scheduler
-    pipeline.set_progress_bar_config(disable=True)
-    _accept(temporary, folder, _error_in_place(pipeline, *_on_cpu(denoiser, cond), sampler, host, shape))
-    return True
-
-
-def reads_adapters(teacher: Teacher) -> bool:
-    """Whether the teacher's pipeline has ``load_lora_weights``."""
-    return teacher.family is not PLAIN and issubclass(pipeline_class(teacher.index), LoraBaseMixin)
-
-
-def save_adapters(network: Any, folder: Path, teacher: Teacher) -> None:  # noqa: ANN401
-    """Write the adapters of ``network`` as the teacher's pipeline loads them; as peft does, where it loads none."""
-    layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values()))
-    component = teacher.family.component
-    if reads_adapters(teacher):
-        told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings.to_dict()}
-        cast(Any, pipeline_class(teacher.index)).save_lora_weights(folder, **told)
-        return
-    folder.mkdir(parents=True)
-    settings.save_pretrained(str(folder))
-    whole = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in layers.items()}
-    save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    if compare is not None:
+        try:
+            error = compare()
+        except Exception as broken:
+            raise RuntimeError(
+                f"the student in {temporary} is complete, but comparing it with its sampler broke off: "
+                f"{first_line(broken)}; `stepdistill export RUN export.check=false` does without"
+            ) from broken
+        if not error < 1e-4:
+            raise RuntimeError(
+                f"the exported pipeline differs from the student's sampler by {error:.2g}; kept {temporary}"
+            )
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def empty_parts(index: dict[str, Any]) -> dict[str, None]:
@@ -238,7 +202,7 @@ def export_error(
     host: Host | None = None,
 ) -> float:
     """Largest difference in [0, 1] between the reloaded pipeline's pictures and the sampler's, over the samples."""
-    student, told = _on_cpu(denoiser, cond)
+    student, told = for_cpu(denoiser, cond)
     logging.disable_progress_bar()
     empty = empty_parts(host.teacher.index) if host else {}
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, **empty, **_consent(folder))
@@ -253,7 +217,7 @@ def export_error(
             batch_size=4, num_inference_steps=calls, generator=generators, output_type="np", **told
         ).images
         return (torch.from_numpy(output).permute(0, 3, 1, 2) - (images / 2 + 0.5).clamp(0, 1)).abs().max().item()
-    return _error_in_place(pipeline, student, told, sampler, host, shape)
+    return error_in_place(pipeline, student, told, sampler, host, shape)
 
 
 def _consent(folder: Path) -> dict[str, Any]:
@@ -262,7 +226,7 @@ def _consent(folder: Path) -> dict[str, Any]:
     return {} if code is None else {"custom_pipeline": code.stem, "trust_remote_code": True}
 
 
-def _on_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
+def for_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
     """Copies for a comparison on the CPU: a GPU's TF32 convolutions differ by more than a wrong fold would."""
     network = on_cpu(denoiser.network)
     for module in network.modules():
@@ -271,7 +235,7 @@ def _on_cpu(denoiser: Denoiser, cond: Cond) -> tuple[Denoiser, Cond]:
     return replace(denoiser, network=network), {key: value.cpu() for key, value in cond.items()}
 
 
-def _error_in_place(
+def error_in_place(
     pipeline: Any,  # noqa: ANN401
     student: Denoiser,
     cond: Cond,
@@ -280,7 +244,7 @@ def _error_in_place(
     shape: tuple[int, ...],
 ) -> float:
     """Sample by sample: some stock pipelines draw the noise of later steps from torch's global generator."""
-    decode, worst = Decoder(host.teacher), 0.0
+    decode, worst = Decoder(replace(host.teacher, parts_dtype="float32")), 0.0
     call: dict[str, Any] = {"num_inference_steps": len(sampler.times), **host.call}
     if runs_own_code(pipeline):  # which knows what to say
         call = {key: value for key, value in call.items() if isinstance(value, list)}

@@ -13,6 +13,9 @@ from .config import Lora
 from .copies import on_cpu, sharing
 from .errors import UserError
 
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Projections of diffusers' attention; those of the text are of transformers that treat it as they do the image."""
+
 
 def add_lora(teacher: nn.Module, lora: Lora, role: str) -> nn.Module:
     """A network with trainable adapters whose other weights are the teacher's, in the same memory.
@@ -25,7 +28,8 @@ def add_lora(teacher: nn.Module, lora: Lora, role: str) -> nn.Module:
     """
     check_lora(teacher, lora, role)
     network = sharing(teacher)
-    config = LoraConfig(r=lora.rank, lora_alpha=cast(int, lora.alpha), target_modules=list(lora.targets))
+    alpha, targets = lora.alpha or lora.rank, _targets(lora, _layers(teacher))
+    config = LoraConfig(r=lora.rank, lora_alpha=cast(int, alpha), target_modules=list(targets))
     network = inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -40,13 +44,27 @@ def check_lora(teacher: nn.Module, lora: Lora, role: str) -> None:
     Raises:
         UserError: as said.
     """
-    layers = [name for name, module in teacher.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    lost = [end for end in lora.targets if not any(name == end or name.endswith(f".{end}") for name in layers)]
+    layers = _layers(teacher)
+    lost = [end for end in _targets(lora, layers) if not _matches(end, layers)]
     if lost:
         ends = sorted({_end(name) for name in layers})
         raise UserError(
             f"training.lora.{role}.targets: {', '.join(lost)} matches no layer; the network has {', '.join(ends)}"
         )
+
+
+def _layers(network: nn.Module) -> list[str]:
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def _targets(lora: Lora, layers: list[str]) -> tuple[str, ...]:
+    """Those asked for, or the projections that are there."""
+    found = tuple(end for end in _ATTENTION if _matches(end, layers)) or _ATTENTION
+    return found if lora.targets is None else lora.targets
+
+
+def _matches(end: str, layers: list[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for name in layers)
 
 
 def _end(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,21 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .adapters import export_lora, kept_back, reads_adapters
 from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
+from .conditions import Cond
 from .config import Config, Evaluate
 from .data import DataFree
 from .decoder import Decoder
 from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
-from .export import Host, empty_parts, export, export_lora, reads_adapters
+from .export import Host, empty_parts, export
 from .hosting import Plan
 from .metrics.ranks import rank_and_world
 from .own_code import code_of
 from .plain_student import plain_usage
+from .prompts import encode
 from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .sources import is_local
@@ -84,11 +87,10 @@ class Outcome:
     ) -> None:
         """Export the student to ``folder``, with what was measured of it."""
         host = Host(self.teacher, self._call()) if hosted.pipeline is None else None
-        shape, cond = self.teacher.sample_shape, self.data.cond(range(2 if host else 4))
-        own_code = self.config.export.own_code
+        told = {"shape": self.teacher.sample_shape, "cond": self._compared(2 if host else 4), "host": host}
         # The check of an export seeds the generators that the training draws from.
         with torch.random.fork_rng([self.data.device] if self.data.device.type == "cuda" else []):
-            export(student, sampler, hosted, folder, shape=shape, cond=cond, host=host, own_code=own_code)
+            export(student, sampler, hosted, folder, **told, **self.config.export.model_dump())
         self._card(rows, self._usage(Path(PLACE), hosted, folder), hosted.steps, None).save(folder / CARD)
 
     def finish(
@@ -109,28 +111,39 @@ class Outcome:
         if rows and self.evaluator:
             print(f"\n{table(rows, self.evaluator.protocol)}")
         lines = self._usage(self.student_folder, hosted, self.student_folder)
-        print(f"\nstudent  {self.student_folder}\npicture  {self.folder / _PICTURE}\n\n{lines}")
-        if adapted and hosted.pipeline is None:
+        unsure = "" if self.config.export.check else ", not compared with its sampler"
+        print(f"\nstudent  {self.student_folder}{unsure}\npicture  {self.folder / _PICTURE}\n\n{lines}")
+        if adapted and (reason := kept_back(self.teacher, hosted)):
+            print(f"\nadapters merged into the student alone: {reason}")
+        elif adapted:
             self._adapters(student, sampler, hosted, rows)
 
     def _adapters(self, student: Denoiser, sampler: StudentSampler, hosted: Plan, rows: Sequence[Measurement]) -> None:
         host = Host(self.teacher, {"guidance_scale": 1.0, **self._call()})
-        folder, shape, cond = self.folder / "student_lora", self.teacher.sample_shape, self.data.cond(range(2))
-        if not export_lora(student, sampler, hosted, folder, shape=shape, cond=cond, host=host):
-            return
+        folder, check = self.folder / "student_lora", self.config.export.check
+        told = {"shape": self.teacher.sample_shape, "cond": self._compared(2), "host": host}
+        export_lora(student, sampler, hosted, folder, **told, check=check)
         source = self.teacher.folder if is_local(self.config.teacher) else Path(self.config.teacher)
         kind, without = type(hosted.scheduler).__name__, empty_parts(self.teacher.index)
-        told = {
+        loaded = {
             "pipeline": self.teacher.index["_class_name"],
             "component": None if reads_adapters(self.teacher) else self.teacher.family.component,
         }
         lines, use = (
-            usage_of_adapters(place, source, kind, hosted.steps, host.call, without, **told)
+            usage_of_adapters(place, source, kind, hosted.steps, host.call, without, **loaded)
             for place in (folder, Path(PLACE))
         )
         shutil.copyfile(self.folder / _PICTURE, folder / _PICTURE)
         self._card(rows, use, hosted.steps, _PICTURE, adapters=True).save(folder / CARD)
         print(f"\nadapters {folder}, for the teacher's own pipeline:\n\n{lines}")
+
+    def _compared(self, count: int) -> Cond:
+        """What the first samples are told when an export is checked, whose text encoders are float32."""
+        cond = self.data.cond(range(count))
+        if not (self.data.prompts and self.config.export.check) or self.teacher.parts_dtype == "float32":
+            return cond
+        exact, _ = encode(replace(self.teacher, parts_dtype="float32"), self._asked(count) or (), None)
+        return {**cond, **exact}
 
     def _usage(self, place: Path, hosted: Plan, folder: Path) -> str:
         """The lines that use the student in ``folder``, once it is at ``place``."""

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
+from families import BUILD
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from test_export import SCALED, SHAPE
 from torch import nn
@@ -29,6 +31,7 @@ from stepdistill.trainer import Trainer
 
 PROCESS = VP(DDPMScheduler().alphas_cumprod.double())
 LORA = Lora(rank=4, alpha=8.0)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 SCORE = [kind for kind in get_args(AnyMethod) if issubclass(kind, ScoreDistillation)]
 
 
@@ -92,7 +95,7 @@ def test_an_adapted_network_starts_as_the_teacher_in_the_teachers_memory():
     assert adapters
     assert all(mine[name].requires_grad for name in adapters)
     layers = {name.split(".lora_")[0] for name in adapters}
-    wanted = {name.removesuffix(".weight") for name in theirs if name.removesuffix(".weight").endswith(LORA.targets)}
+    wanted = {name.removesuffix(".weight") for name in theirs if name.removesuffix(".weight").endswith(ATTENTION)}
     assert layers == wanted
     assert len(layers) == 4 * 4, "every projection of the four attention layers"
 
@@ -201,7 +204,7 @@ def test_no_weight_is_copied_on_the_way():
     assert said(network).shape == (3, *SHAPE)
 
 
-@pytest.mark.parametrize("targets", [LORA.targets, ("conv1", "time_emb_proj"), ("conv_in", "to_q")], ids=str)
+@pytest.mark.parametrize("targets", [ATTENTION, ("conv1", "time_emb_proj"), ("conv_in", "to_q")], ids=str)
 def test_a_merged_network_is_stock_and_computes_the_same(targets):
     teacher = tiny_unet()
     network = add_lora(teacher, Lora(rank=4, alpha=8.0, targets=targets), "fake")
@@ -373,3 +376,29 @@ def test_a_method_without_memory_writes_none(tmp_path):
     trainer.save(tmp_path)
     assert trainer.memory == {}
     assert not list(tmp_path.glob("memory*"))
+
+
+def test_adapters_count_once_unless_alpha_says_otherwise():
+    teacher = tiny_unet()
+    for alpha, scale in ((None, 1.0), (12.0, 3.0)):
+        network = add_lora(teacher, Lora(rank=4, alpha=alpha), "fake")
+        layers: list[Any] = [module for module in network.modules() if tuner(module)]
+        assert {layer.scaling["default"] for layer in layers} == {scale}
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [("sd3", {"add_q_proj", "add_k_proj", "add_v_proj"}), ("flux", {"add_q_proj", "to_add_out"}), ("sdxl", set())],
+)
+def test_without_targets_every_attention_is_adapted_that_of_the_text_too(family, text):
+    network = BUILD[family]().components["unet" if family == "sdxl" else "transformer"]
+    adapted = {name for name, module in add_lora(network, Lora(rank=2), "fake").named_modules() if tuner(module)}
+    ends = {name.rpartition(".")[2] for name in adapted}
+    assert ends >= {"to_q", "to_k", "to_v"} | text
+    attention = [name for name, module in network.named_modules() if name.endswith(("to_q", "add_q_proj"))]
+    assert set(attention) <= adapted
+    assert not any("norm" in name or "ff" in name or "proj_in" in name for name in adapted)
+
+
+def tuner(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer)
