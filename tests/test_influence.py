@@ -93,6 +93,22 @@ def twins(seed, n=300):
     return noise, noise * 1.05 + 0.02 + 0.02 * random(n, 6, seed=seed + 10**6)
 
 
+def test_a_paired_difference_is_that_of_distances_over_the_same_divisor():
+    generator = torch.Generator().manual_seed(0)
+    a, b, real = (torch.randn(30, 4, generator=generator) * scale for scale in (1, 1.3, 1.1))
+    reference = Reference(moments_of(real))
+
+    def distance(features, ddof):
+        sums = FeatureSums(4)
+        sums.add(features, range(30))
+        return frechet_distance(sums, reference, ddof=ddof).value
+
+    for ddof in (0, 1):
+        expected = distance(a, ddof) - distance(b, ddof)
+        assert paired_difference(a, b, reference, ddof=ddof).value == pytest.approx(expected, rel=1e-12)
+    assert paired_difference(a, b, reference, ddof=0).value != pytest.approx(expected, rel=1e-3)
+
+
 def test_two_errors_of_a_paired_difference_cover_the_truth_and_are_far_smaller_than_unpaired_ones():
     reference = Reference(gaussian(0.4, 1.3))
     wider = gaussian(0.02, (1.05**2 + 0.02**2) ** 0.5)

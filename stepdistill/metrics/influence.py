@@ -54,7 +54,7 @@ def frechet_with_influence(features: Tensor, reference: Reference) -> Value:
     return Value(distance.value, _error_of_mean(psi), len(psi), debiased=distance.debiased)
 
 
-def paired_difference(a: Tensor, b: Tensor, reference: Reference) -> Value:
+def paired_difference(a: Tensor, b: Tensor, reference: Reference, *, ddof: int = 1) -> Value:
     """Frechet distance of run ``a`` less that of run ``b``, both made from the same sample ids.
 
     What a seed adds to both cancels, so that a thousand pairs can tell more than fifty thousand unpaired samples.
@@ -64,6 +64,7 @@ def paired_difference(a: Tensor, b: Tensor, reference: Reference) -> Value:
         a: ``(N, d)`` features, row ``k`` from the same seed, label and prompt as row ``k`` of ``b``.
         b: ``(N, d)`` features.
         reference: what both are compared with; counts as exact.
+        ddof: covariances of both are over ``N - ddof``.
 
     Returns:
         The difference, negative where ``a`` is nearer, with the standard error of the paired influences (too large
@@ -74,7 +75,7 @@ def paired_difference(a: Tensor, b: Tensor, reference: Reference) -> Value:
     """
     _check_pairs(a, b)
     psi = frechet_influence(a, reference) - frechet_influence(b, reference)
-    one, two = _distance(a, reference), _distance(b, reference)
+    one, two = _distance(a, reference, ddof), _distance(b, reference, ddof)
     debiased = None if one.debiased is None or two.debiased is None else one.debiased - two.debiased
     return Value(one.value - two.value, _error_of_mean(psi), len(psi), debiased=debiased)
 
@@ -105,10 +106,10 @@ def _check_pairs(a: Tensor, b: Tensor) -> None:
         )
 
 
-def _distance(features: Tensor, reference: Reference) -> FrechetDistance:
+def _distance(features: Tensor, reference: Reference, ddof: int = 1) -> FrechetDistance:
     sums = FeatureSums(features.shape[1], features.device)
     sums.add(features, range(len(features)))
-    return frechet_distance(sums, reference)
+    return frechet_distance(sums, reference, ddof=ddof)
 
 
 def _error_of_mean(samples: Tensor) -> float:
