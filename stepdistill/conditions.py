@@ -6,7 +6,7 @@ one row per sample; the empty mapping is an unconditional network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 Cond = Mapping[str, Tensor]
 
 NO_COND: Cond = {}
+
+Turns = Callable[[Sequence[int], int], list[int]]
+"""Which of so many conditions the samples of the given ids are told."""
 
 
 def concatenate(*conds: Cond) -> Cond:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .conditions import NO_COND, Cond, in_turn, select
+from .conditions import NO_COND, Cond, Turns, in_turn, select
 from .config import Data, RealData
 from .errors import UserError
 from .images import to_float
@@ -35,6 +36,8 @@ class DataFree:
     """The prompt of every row."""
     scales: tuple[str, float, float] | None = None
     """Keyword and range of the guidance scale that every sample draws, where there is a range."""
+    turns: Turns = in_turn
+    """Which conditions samples have in previews and evaluation."""
     images: Tensor | None = None
     """``(N, C, H, W)`` real images of an adversarial term, in [-1, 1]; ``None`` is data-free."""
 
@@ -53,13 +56,18 @@ class DataFree:
         return self.images[torch.randint(len(self.images), (size,), device=self.device)]
 
     @property
+    def told(self) -> Literal["none", "classes", "prompts"]:
+        """What samples are told."""
+        return "prompts" if self.prompts else "classes" if self.table else "none"
+
+    @property
     def count(self) -> int:
         """Conditions to draw from, repeats counted."""
         return len(next(iter(self.table.values()))) if self.order is None else len(self.order)
 
     def rows(self, ids: Sequence[int]) -> Tensor:
-        """Rows of ``table`` of the samples ``ids`` in previews and evaluation, in turn."""
-        return self._ordered(torch.tensor(in_turn(ids, self.count)))
+        """Rows of ``table`` of the samples ``ids`` in previews and evaluation, by ``turns``."""
+        return self._ordered(torch.tensor(self.turns(ids, self.count)))
 
     def cond(self, ids: Sequence[int]) -> Cond:
         """The conditions of the samples ``ids``; of a range of scales, the middle."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .generating import Generated
 from .metrics.base import Value
+from .metrics.collecting import Collected, reader
 from .metrics.extractors import Digits
 from .metrics.ranks import gathered
-from .metrics.score import Collected, reader
 from .metrics.sources import Batch, MemorySource
 from .scoring import Options, Run
 

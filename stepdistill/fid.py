@@ -50,10 +50,10 @@ def _gen(told: argparse.Namespace) -> int:
 
 
 def _ref(told: argparse.Namespace) -> int:
-    from .scoring import ref
+    from .reference import ref
 
-    ref(told.images, told.out, _options(told))
-    print(told.out)
+    skipped = ref(told.images, told.out, _options(told))
+    print("\n".join([str(told.out), *_skipped(skipped)]))
     return 0
 
 
@@ -105,11 +105,24 @@ def table_of(record: dict[str, Any]) -> str:
         error = "" if found["se"] is None else f" +- {found['se']:.4f}"
         value = f"{found['value']:z.4f}{error}"
         lines.append(f"{shown:<14}{value:<22}{debiased:<12}{found['n']:>8}")
-    if record["skipped"]:
-        lines.append(f"{len(record['skipped'])} images could not be read, the first {record['skipped'][0]}")
+    lines += _skipped(record["skipped"])
     if cost := record.get("cost"):
-        lines.append(f"{cost['images_per_second']:.1f} images/s, {cost['peak_bytes'] / 1e9:.2f} GB at most")
+        lines.append(_cost(cost))
+    if left := record.get("not_compared"):
+        lines.append(f"{', '.join(left)}: not compared, as no paired error of them is known")
     return "\n".join([*lines, f"protocol {record['protocol']['name']} ({record['protocol']['digest']})"])
+
+
+def _skipped(names: list[str]) -> list[str]:
+    return [f"{len(names)} images could not be read, the first {names[0]}"] if names else []
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    parts = [f"{cost['network_calls']:g} network calls an image", f"{cost['latency_seconds']:.3g} s for one alone"]
+    if cost["images_per_second"] is not None:
+        parts.append(f"{cost['images_per_second']:.1f} images/s")
+    peak = cost["generation_peak_bytes"] or cost["peak_bytes"]
+    return ", ".join([*parts, f"{peak / 1e9:.2f} GB at most"])
 
 
 def _options(told: argparse.Namespace) -> Options:
@@ -144,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         "gen", _gen, "generate with a pipeline and score in memory", "gen STUDENT refs.npz --preset edm-cifar10"
     )
     gen.add_argument("source", metavar="PIPELINE", help="an exported student, or a teacher's folder or hub id")
-    gen.add_argument("reference", metavar="REFERENCE", help="what to compare the images with")
+    gen.add_argument("reference", nargs="?", metavar="REFERENCE", help="what to compare them with, where a metric does")
     gen.add_argument("--steps", type=positive, help="network calls of a teacher, 50 by default")
     gen.add_argument("--labels", type=int, nargs="+", help="class labels to take in turn; all by default")
     gen.add_argument("--guidance-scale", type=float, default=1.0, help="of a teacher")

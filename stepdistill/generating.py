@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,27 +16,35 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 from .images import to_picture, to_uint8
+from .labels import followed
 from .metrics.base import Value
+from .metrics.collecting import Stream
+from .metrics.precision import tf32
 from .metrics.protocols import Protocol
-from .metrics.ranks import rank_and_world
-from .metrics.score import Stream
+from .metrics.ranks import gathered
 from .metrics.sources import Batch
-from .sample import Sampling, Traces, tracing
+from .sample import tracing
+from .sampling import Sampling, Traced, Traces, made_by
 from .scoring import Options, Run
 
 
 def gen(
-    asked: Sampling, reference: str, options: Options, *, repeats: int | None = None, save_images: Path | None = None
+    asked: Sampling,
+    reference: str | None,
+    options: Options,
+    *,
+    repeats: int | None = None,
+    save_images: Path | None = None,
 ) -> dict[str, Any]:
     """Generate and score in memory.
 
     Args:
-        asked: what generates the images.
-        reference: what to compare them with.
+        asked: what generates the images; the protocol says which labels they have.
+        reference: what to compare them with, where a metric does.
         options: the protocol, and how it is run; its prompts are those of ``asked``.
         repeats: sets of images, in place of the protocol's.
         save_images: folder to keep the images in too.
@@ -43,38 +52,107 @@ def gen(
     Raises:
         UserError: a pipeline, an input or a choice that does not work.
     """
-    changes: dict[str, object] = {} if options.count is None else {"samples": options.count}
-    changes |= {} if repeats is None else {"repeats": repeats}
-    run = Run(options, reference, {"labels": "prompts" if options.prompts else "balanced", **changes})
-    protocol = run.protocol
-    if protocol.quantisation == "none":
-        raise UserError(f"{protocol.name} scores images that are not rounded, which gen does not make")
-    if options.features is not None and protocol.repeats > 1:
-        raise UserError("--features keeps one set of images; add --repeats 1")
+    run = _run(reference, options, repeats)
     if save_images is not None:
         _save([], [], save_images)
-    traces = tracing(asked)
-    made = Generated(traces, protocol, options.batch_size, save_images)
-    found = [
-        run.measured(made.stream(number * protocol.samples), protocol.samples, asked.source)
-        for number in range(protocol.repeats)
-    ]
+    asked, traced = _traced(asked, run)
+    protocol, source = run.protocol, asked.source if options.features is None else made_by(asked)
+    made = Generated(traced.traces, protocol, options.batch_size, save_images, held_bytes=_allocated())
+    calls, latency = _alone(traced)
+    found = []
+    for number in range(protocol.repeats):
+        before = made.seconds
+        found.append(run.measured(made.stream(number * protocol.samples), protocol.samples, source))
+        run.seconds["features"] -= made.seconds - before
+    run.seconds["generation"] = made.seconds
     metrics = {name: summed_up([each[name] for each in found], protocol) for name in found[0]}
-    total = protocol.samples * protocol.repeats / rank_and_world()[1]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
-    seconds = sum(seconds for _, seconds in made.batches)
-    cost = {"images_per_second": total / seconds, "generation_seconds": seconds, "peak_bytes": peak}
-    saved = None if save_images is None else str(save_images)
-    return run.record(asked.source, metrics, cost=cost, steps=asked.steps, saved=saved)
+    cost = {"network_calls": calls, "latency_seconds": latency, **_speed(made)}
+    dtype = str(next(traced.networks[0].parameters()).dtype).removeprefix("torch.")
+    told = {"steps": asked.steps, "labels": asked.labels, "dtype": dtype, "tf32": tf32(run.device)}
+    return run.record(
+        asked.source, metrics, cost=cost, generator=told, saved=None if save_images is None else str(save_images)
+    )
+
+
+def _traced(asked: Sampling, run: Run) -> tuple[Sampling, Traced]:
+    """The pipeline under the labels of the run's protocol, which then says what the pipeline takes of them."""
+    law = run.protocol.labels if asked.labels is None else "balanced"
+    asked = replace(asked, law=law, period=run.protocol.samples)
+    traced = tracing(asked)
+    run.change({"labels": followed(traced.told, law)})
+    return asked, traced
+
+
+def _run(reference: str | None, options: Options, repeats: int | None) -> Run:
+    """A run by the protocol with what was asked for, refused if nothing can be generated for it."""
+    changes: dict[str, object] = {} if options.count is None else {"samples": options.count}
+    changes |= {} if repeats is None else {"repeats": repeats}
+    run = Run(options, reference, changes)
+    if run.protocol.quantisation == "none":
+        raise UserError(f"{run.protocol.name} scores images that are not rounded, which gen does not make")
+    if options.features is not None and run.protocol.repeats > 1:
+        raise UserError("--features keeps one set of images; add --repeats 1")
+    return run
+
+
+def _alone(traced: Traced) -> tuple[float, float]:
+    """Network calls of one sample, one of a guided network for each of its two inputs, and the median of its seconds.
+
+    The first of up to four is left out, as what is built for it; slow pipelines make fewer.
+    """
+    rows, seconds = [], []
+
+    def count(network: nn.Module, inputs: tuple[object, ...], told: dict[str, object]) -> None:
+        rows.append(next(len(x) for x in (*inputs, *told.values()) if isinstance(x, Tensor) and x.ndim > 1))
+
+    hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in traced.networks]
+    while len(seconds) < 4 and sum(seconds) < 10:
+        began = time.perf_counter()
+        traced.traces([0])[:, -1].cpu()
+        seconds.append(time.perf_counter() - began)
+    for hook in hooks:
+        hook.remove()
+    return sum(rows) / len(seconds), statistics.median(seconds[1:] or seconds)
+
+
+def _speed(made: Generated) -> dict[str, Any]:
+    """Of the images that were made now, on all processes; none were where a run was complete."""
+    parts = gathered((sum(count for count, _ in made.batches), made.seconds, made.peak_bytes))
+    images, seconds = (sum(part[k] for part in parts) for k in range(2))
+    process = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
+    return {
+        "images_generated": images,
+        "images_per_second": images / seconds if images else None,
+        "generation_peak_bytes": max(part[2] for part in parts) or None,
+        "peak_bytes": max(process, made.process_peak_bytes),
+    }
+
+
+def _allocated() -> int:
+    """Bytes on the GPU, if any."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 class Generated:
     """Images as they are asked for, and what making them took."""
 
-    def __init__(self, traces: Traces, protocol: Protocol, batch_size: int, folder: Path | None = None) -> None:
+    def __init__(
+        self, traces: Traces, protocol: Protocol, batch_size: int, folder: Path | None = None, *, held_bytes: int = 0
+    ) -> None:
         self.traces, self.protocol, self.batch_size, self.folder = traces, protocol, batch_size, folder
+        self.held_bytes = held_bytes
+        """What the pipeline takes on the GPU between batches."""
         self.batches: list[tuple[int, float]] = []
         """Images and seconds of every batch."""
+        self.peak_bytes = 0
+        """What the pipeline took on the GPU at most, without the networks behind the metrics; 0 on the CPU."""
+        self.process_peak_bytes = 0
+        """All that was taken there before the last batch."""
+
+    @property
+    def seconds(self) -> float:
+        """That were spent on generating."""
+        return sum(seconds for _, seconds in self.batches)
 
     def stream(self, first: int) -> Stream:
         """The samples ``first + ids``."""
@@ -87,9 +165,14 @@ class Generated:
         return batches
 
     def _made(self, ids: list[int]) -> list[Tensor]:
-        began = time.perf_counter()
+        began, others = time.perf_counter(), _allocated() - self.held_bytes
+        if torch.cuda.is_available():
+            self.process_peak_bytes = max(self.process_peak_bytes, torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
         pixels = stored(self.traces(ids)[:, -1], self.protocol)
         self.batches.append((len(ids), time.perf_counter() - began))
+        if torch.cuda.is_available():
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - others)
         if self.folder is not None:
             _save(ids, pixels, self.folder)
         return [image.expand(3, -1, -1) for image in pixels]

@@ -69,6 +69,14 @@ def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
     return prompts
 
 
+def blank_lines(source: str | Sequence[str] | Column) -> list[int]:
+    """Numbers of the lines of a file, from 1, that ``read_prompts`` skips before the last prompt."""
+    if not isinstance(source, str) or not Path(source).expanduser().is_file():
+        return []
+    lines = Path(source).expanduser().read_bytes().rstrip().split(b"\n")
+    return [k for k, line in enumerate(lines, 1) if not line.strip()]
+
+
 def _column(source: Column) -> list[str]:
     try:
         datasets = importlib.import_module("datasets")

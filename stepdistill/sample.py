@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,20 @@ from .backbones import Family
 from .backbones.family import square
 from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
-from .conditions import in_turn
 from .config import Data
 from .data import DataFree, class_labels, data_free, draws
 from .decoder import Decoder
 from .errors import UserError
 from .hybrid import HybridSampler, trace_ode, trace_x0
 from .images import to_picture, to_uint8
+from .labels import turns
 from .plain_student import WEIGHTS, rebuilt
 from .prompts import read_prompts
-from .samplers import SampleNoise, Solver, sample_ode, teacher_grid
+from .samplers import SampleNoise, sample_ode, teacher_grid
+from .sampling import Sampling, Traced, Traces, data_of, prompts_of
 from .sources import DESCRIPTION, read_index
-from .student import exported, few_step, one_step, recipe, teacher_of
+from .student import exported, few_step, one_step, teacher_of
 from .teacher import load_teacher
-
-Traces = Callable[[Sequence[int]], Tensor]
-"""What the calls for the given ids predict, ``(B, K, C, H, W)`` in [-1, 1]; the last of the K is the sample."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What generates images, and what it is asked for."""
-
-    source: str
-    """An exported student's folder, or a teacher."""
-    steps: int | None = None
-    """Network calls of a teacher, 50 by default; with ``teacher_first`` those of the teacher's whole grid, as many as
-    the student's by default.  A student alone has its own number."""
-    labels: tuple[int, ...] | None = None
-    """Class labels to cycle through; all of them by default."""
-    prompts: str | tuple[str, ...] | None = None
-    """Prompts to cycle through, or a file of them; those of the student's recipe by default."""
-    guidance_scale: float = 1.0
-    """Of a teacher; a student has learned its own."""
-    solver: Solver = "euler"
-    """ODE solver of a teacher."""
-    teacher_first: int = 0
-    """Calls of the student that the teacher makes, see ``HybridSampler``."""
-    teacher: str | None = None
-    """Source of that teacher; the one in the student's model card by default."""
-    trace: bool = False
-    """Whether to see what every call predicts, in place of the sample alone."""
-    trust_remote_code: bool = False
-    """Run the pipeline file that a student comes with, or the function that builds its network."""
 
 
 def sample(asked: Sampling, output: Path, *, count: int = 64, first_id: int = 0, batch_size: int = 64) -> Path:
@@ -75,11 +46,11 @@ def sample(asked: Sampling, output: Path, *, count: int = 64, first_id: int = 0,
     """
     pictures = output.with_name(f"{output.name}_trace") if asked.trace else None
     _refuse_occupied(output, pictures)
-    _write(tracing(asked), range(first_id, first_id + count), batch_size, output, pictures)
+    _write(tracing(asked).traces, range(first_id, first_id + count), batch_size, output, pictures)
     return output
 
 
-def tracing(asked: Sampling) -> Traces:
+def tracing(asked: Sampling) -> Traced:
     """What generates the images.
 
     Raises:
@@ -155,7 +126,7 @@ def _write(traces: Traces, ids: range, batch_size: int, output: Path, pictures: 
             bar.update(len(batch))
 
 
-def _student(asked: Sampling, device: torch.device) -> Traces:
+def _student(asked: Sampling, device: torch.device) -> Traced:
     """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
     pipeline, sampler, *_ = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
     config, calls = pipeline.unet.config, len(sampler.times)
@@ -169,42 +140,44 @@ def _student(asked: Sampling, device: torch.device) -> Traces:
         return torch.from_numpy(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
     if not asked.trace or calls == 1:
-        return images
+        return Traced(images, data.told, (pipeline.unet,))
     denoiser, sampler = few_step(pipeline, sampler)
 
     def predictions(ids: Sequence[int]) -> Tensor:
         noise = SampleNoise(ids, data.shape, device=device)
         return trace_x0(sampler.trace(denoiser, noise(), data.cond(ids), renoise=noise))
 
-    return predictions
+    return Traced(predictions, data.told, (pipeline.unet,))
 
 
-def _placed(asked: Sampling, family: Family, device: torch.device) -> Traces:
+def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
     student = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
-    data = recipe(Path(asked.source) / "README.md").get("data", {})
+    network = student.pipeline.components[family.component]
     if family.encode:
-        prompts = asked.prompts or data.get("prompts")
+        prompts = prompts_of(asked)
         if prompts is None:
             raise UserError(f"{asked.source} reads prompts, and its card names none; give --prompts")
         every: list[Any] = read_prompts(prompts)
     else:
-        given = asked.labels or data.get("class_labels")
+        given = asked.labels or data_of(asked).get("class_labels")
         every = list(given) if isinstance(given, tuple | list) else list(range(1000))
+    shape = family.shape(network.config)
+    which = turns("prompts" if family.encode else asked.law, shape, asked.period)
 
     def images(ids: Sequence[int]) -> Tensor:
         made = []
-        for k, turn in zip(ids, in_turn(ids, len(every)), strict=True):
+        for k, turn in zip(ids, which(ids, len(every)), strict=True):
             torch.manual_seed(k)
             told = {"prompt": every[turn]} if family.encode else {"class_labels": [every[turn]]}
             told |= {"num_inference_steps": len(student.sampler.times), "output_type": "np", **student.call}
             made.append(torch.from_numpy(student.pipeline(**told).images))
         return torch.cat(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
-    return images
+    return Traced(images, "prompts" if family.encode else "classes", (network,))
 
 
-def _plain(asked: Sampling, device: torch.device) -> Traces:
+def _plain(asked: Sampling, device: torch.device) -> Traced:
     """A student of a plain network, by its sampler."""
     student, decode = rebuilt(asked.source, trust_remote_code=asked.trust_remote_code)
     student.denoiser.network.to(device)
@@ -215,15 +188,15 @@ def _plain(asked: Sampling, device: torch.device) -> Traces:
         seen = trace_x0(student.sampler.trace(student.denoiser, noise(), data.cond(ids), renoise=noise))
         return torch.stack([decode(each) for each in (seen if asked.trace else seen[:, -1:]).unbind(1)], dim=1)
 
-    return traces
+    return Traced(traces, data.told, (student.denoiser.network,))
 
 
-def _teacher(asked: Sampling, device: torch.device) -> Traces:
+def _teacher(asked: Sampling, device: torch.device) -> Traced:
     """A teacher's ODE."""
     teacher, steps = load_teacher(asked.source), 50 if asked.steps is None else asked.steps
     labels = "uniform" if teacher.classes is not None and asked.labels is None else asked.labels
     told = Data(class_labels=labels, prompts=asked.prompts, guidance_scale=asked.guidance_scale)
-    data, decode = data_free(teacher, told, device), Decoder(teacher)
+    data, decode = _by_law(asked, data_free(teacher, told, device)), Decoder(teacher)
     try:
         teacher_grid(teacher.denoiser.process, steps)
     except ValueError as error:
@@ -238,10 +211,10 @@ def _teacher(asked: Sampling, device: torch.device) -> Traces:
             return torch.stack([decode(each) for each in seen.unbind(1)], dim=1)
         return decode(sample_ode(denoiser, noise, steps, data.cond(ids), solver=asked.solver))[:, None]
 
-    return traces
+    return Traced(traces, data.told, (teacher.network,))
 
 
-def _hybrid(asked: Sampling, device: torch.device) -> Traces:
+def _hybrid(asked: Sampling, device: torch.device) -> Traced:
     """The teacher's first steps, then the student's calls."""
     source = asked.source
     pipeline, recorded, label, _ = exported(source, device)
@@ -268,9 +241,15 @@ def _hybrid(asked: Sampling, device: torch.device) -> Traces:
         noise = SampleNoise(ids, data.shape, device=device)
         return trace_x0(sampler.trace(guided, student, noise(), data.cond(ids), renoise=noise))
 
-    return traces
+    return Traced(traces, data.told, (teacher.network, pipeline.unet))
 
 
 def _draws(asked: Sampling, shape: tuple[int, ...], classes: int | None, device: torch.device) -> DataFree:
     told = Data(class_labels=asked.labels or (None if classes is None else "uniform"))
-    return draws(shape, class_labels(asked.source, classes, told), device)
+    return _by_law(asked, draws(shape, class_labels(asked.source, classes, told), device))
+
+
+def _by_law(asked: Sampling, data: DataFree) -> DataFree:
+    """``data`` whose samples are told what the law says; prompts are in turn."""
+    law = "prompts" if data.told == "prompts" else asked.law
+    return replace(data, turns=turns(law, data.shape, asked.period))

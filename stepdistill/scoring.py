@@ -15,17 +15,20 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .metrics import score
-from .metrics.base import Extractor, Value
+from .identity import of_images, of_reference, of_texts
+from .metrics import collecting, score
+from .metrics.base import Extractor, Source, Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
+from .metrics.collecting import Collected, Network, Stream, collect, reader
 from .metrics.extractors import load_extractor
 from .metrics.forms import Statistics
+from .metrics.precision import full_precision, tf32
 from .metrics.presets import protocol as preset
-from .metrics.protocols import CLASSIFIERS
+from .metrics.protocols import CLASSIFIERS, FRECHET, PARTS, SINGLE
 from .metrics.ranks import device_of_rank, gathered, rank_and_world
-from .metrics.score import FRECHET, SINGLE, Collected, Network, References, Stream, collect, reader
+from .metrics.score import References
 from .metrics.sources import open_source
-from .metrics.statistics import read_statistics, write_statistics
+from .metrics.statistics import read_statistics
 from .metrics.store import FeatureStore, Manifest
 from .metrics.weights import find_weights
 
@@ -73,37 +76,46 @@ class Run:
         self.options, self.reference, self.device = options, reference, device or device_of_rank()
         self.images = images
         """How many there are, of which some may be asked for; ``None`` where they are made."""
-        base = preset(options.preset or ("digits" if (reference or "").startswith("builtin:digits") else "clean"))
-        if options.metrics:
-            changes = {**changes, "metrics": options.metrics}
-        self.protocol = base.changed(changes)
+        self._base = preset(options.preset or ("digits" if (reference or "").startswith("builtin:digits") else "clean"))
+        self._changes: dict[str, object] = {}
+        self.change({**changes, **({"metrics": options.metrics} if options.metrics else {})})
         if reference is None and (compared := [each for each in self.protocol.metrics if each not in ALONE]):
             raise UserError(f"{', '.join(compared)} need a REFERENCE; without one there are {', '.join(ALONE)}")
         self.skipped: list[str] = []
-        self.seconds = {"reference": 0.0, "images": 0.0, "distance": 0.0}
+        self.seconds = {"reference": 0.0, "generation": 0.0, "features": 0.0, "distance": 0.0}
         self.prompts: list[str] = []
         self.extractors: dict[str, Extractor] = {}
         self._networks: dict[str, Network] = {}
         self._references: References | None = None
 
+    def change(self, changes: dict[str, object]) -> None:
+        """Let the protocol differ from its preset in these fields too."""
+        self._changes |= changes
+        self.protocol = self._base.changed(self._changes)
+
     def networks(self, count: int) -> dict[str, Network]:
         """Those of the protocol, for ``count`` images."""
         if options := {"clip", "diversity"} & set(self.protocol.metrics):
             self.prompts = self._read_prompts(count, " and ".join(sorted(options)))
-        self._networks = self._networks or score.networks(
+        self._networks = self._networks or collecting.networks(
             self.protocol, self.protocol.metrics, self._extractor, self._scorer, self.prompts
         )
         return self._networks
 
     def _read_prompts(self, count: int, metric: str) -> list[str]:
-        from .prompts import read_prompts
+        from .prompts import blank_lines, read_prompts
 
-        if self.options.prompts is None:
+        source = self.options.prompts
+        if source is None:
             raise UserError(f"{metric} of {self.protocol.name} needs --prompts FILE, or --metrics without it")
-        found = read_prompts(self.options.prompts)
+        found = read_prompts(source)
         if len(found) < count or (self.images and len(found) not in (count, self.images)):
             images = self.images or count
-            raise UserError(f"{self.options.prompts} holds {len(found)} prompts for {images} images; give one an image")
+            blank = "".join(f"; line {line} is blank, which is no prompt" for line in blank_lines(source)[:1])
+            raise UserError(f"{source} holds {len(found)} prompts for {images} images; give one an image{blank}")
+        empty = next((k for k, prompt in enumerate(found[:count], 1) if not prompt.strip()), None)
+        if "clip" in self.protocol.metrics and empty is not None:
+            raise UserError(f"prompt {empty} of {source} is empty; a CLIP score needs text, or --metrics without clip")
         return found[:count]
 
     def _extractor(self, name: str) -> Extractor:
@@ -124,10 +136,14 @@ class Run:
         folder = self.options.features
         if folder is None:
             return None
+        asked = f", prompts={of_texts(self.prompts)}" if self.prompts else ""
 
         def at(network: Network) -> FeatureStore:
             classes = 1008 if network.name in CLASSIFIERS else 0
-            manifest = Manifest(self.protocol.digest(), made_by, network.dimension, classes, "float32")
+            steps = " > ".join((*network.steps, network.weights))
+            manifest = Manifest(
+                self.protocol.digest(), made_by, network.dimension, f"{steps}{asked}", classes, dtype="float32"
+            )
             return FeatureStore(folder / network.name.replace(" ", "-"), manifest)
 
         return at
@@ -153,14 +169,24 @@ class Run:
         found: dict[str, Collected | Statistics] = {metric: self._fit(metric, compared.pop(metric)) for metric in fits}
         if compared:
             source = open_source(self.reference)
-            stream = reader(source, batch_size=self.options.batch_size, workers=self.options.workers, skip_broken=None)
-            found |= collect(stream, len(source), compared, device=self.device)
+            found |= collect(self.reading(source), len(source), compared, device=self.device)
         return found
 
     def _fit(self, metric: str, network: Network) -> Statistics:
         assert self.reference is not None
         kind = FRECHET.get(metric, "fid")
-        return read_statistics(self.reference, kind=kind, extractor=network.name, dimension=network.dimension)
+        sees = self.protocol.sees(metric)
+        dimension = network.dimension
+        return read_statistics(self.reference, kind=kind, extractor=network.name, dimension=dimension, sees=sees)
+
+    def reading(self, source: Source) -> Stream:
+        """The images of ``source``; broken ones are left out and noted where that was asked for."""
+        told, skipped = self.options, self.skipped if self.options.skip_broken else None
+        return reader(source, batch_size=told.batch_size, workers=told.workers, skip_broken=skipped)
+
+    def left_out(self) -> list[str]:
+        """Names of the broken images of all processes."""
+        return sorted({name for names in gathered(self.skipped) for name in names})
 
     def collected(self, stream: Stream, count: int, made_by: str) -> dict[str, Collected]:
         """What the networks say of ``count`` images; the reference is read before, so that its errors come first."""
@@ -168,7 +194,7 @@ class Run:
         self.references(needed)
         began = time.perf_counter()
         found = collect(stream, count, needed, device=self.device, store=self.store(made_by))
-        self.seconds["images"] += time.perf_counter() - began
+        self.seconds["features"] += time.perf_counter() - began
         return found
 
     def values(self, found: dict[str, Collected]) -> dict[str, Value]:
@@ -186,6 +212,9 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """What measured, ready for JSON."""
         packages = ("stepdistill", "torch", "numpy", "pillow")
+        images = "float32" if self.protocol.quantisation == "none" else "uint8"
+        with full_precision(self.device):  # As the networks do.
+            rounded = tf32(self.device)
         return {
             "protocol": {
                 "name": self.protocol.name,
@@ -194,20 +223,26 @@ class Run:
                 "fields": asdict(self.protocol),
             },
             "reference": self.reference,
+            "reference_digest": None if self.reference is None else of_reference(self.reference),
+            "precision": {"images": images, "features": {"dtype": "float32", "tf32": rounded}},
             "weights": {network.name: network.weights for network in self._networks.values()},
-            "tf32": False,
             "world_size": rank_and_world()[1],
             "device": str(self.device),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         }
 
+    def _behind(self, value: str) -> int | None:
+        """Images of the reference behind a value."""
+        metric = next((metric for metric, parts in PARTS.items() if value in parts), value)
+        return None if self._references is None else self._references.count(metric)
+
     def record(self, images: str, metrics: dict[str, Value], **more: object) -> dict[str, Any]:
         """The result, ready for JSON; kept beside the features, where they are kept."""
-        record = {
+        record: dict[str, Any] = {
             **self.setting(),
-            "metrics": {name: asdict(value) for name, value in metrics.items()},
+            "metrics": {name: {**asdict(value), "n_ref": self._behind(name)} for name, value in metrics.items()},
             "images": images,
-            "skipped": self.skipped,
+            "skipped": self.left_out(),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             **more,
         }
@@ -232,34 +267,8 @@ def calc(images: str, reference: str | None, options: Options) -> dict[str, Any]
     if count > len(source):
         raise UserError(f"--num {count} is more than the {len(source)} images of {images}")
     run = Run(options, reference, {"samples": count}, images=len(source))
-    skipped = run.skipped if options.skip_broken else None
-    stream = reader(source, batch_size=options.batch_size, workers=options.workers, skip_broken=skipped)
-    metrics = run.measured(stream, count, images)
-    run.skipped = sorted(name for names in gathered(run.skipped) for name in names)
-    return run.record(images, metrics)
-
-
-def ref(images: str, out: Path, options: Options) -> None:
-    """Write the statistics of ``images``, for the protocol's Frechet distance, to ``out``, which other tools read.
-
-    Raises:
-        UserError: an input that cannot be read, or a file that cannot be written.
-    """
-    if out.suffix != ".npz" or not out.parent.is_dir():
-        raise UserError(f"statistics are written to an .npz in a folder that exists, got {out}; see `convert` for .pkl")
-    source = open_source(images)
-    count = len(source) if options.count is None else min(options.count, len(source))
-    run = Run(options, images, {})
-    metric = next((each for each in run.protocol.metrics if each in FRECHET), None)
-    if metric is None:
-        raise UserError(f"{run.protocol.name} has no Frechet distance, so there are no statistics to write")
-    run.protocol = run.protocol.changed({"metrics": (metric,)})
-    network = run.networks(count)[metric]
-    stream = reader(source, batch_size=options.batch_size, workers=options.workers, skip_broken=None)
-    moments = collect(stream, count, {metric: network}, device=run.device)[metric].sums.moments()
-    if rank_and_world()[0] == 0:
-        found = Statistics(moments.mean, moments.covariance, moments.n, 1, network.name)
-        write_statistics(out, found, kind=FRECHET[metric], protocol=run.protocol, weights=network.weights)
+    made_by = images if options.features is None else of_images(images)
+    return run.record(images, run.measured(run.reading(source), count, made_by))
 
 
 def _contents(path: str) -> tuple[bool, bool]:

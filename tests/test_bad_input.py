@@ -97,6 +97,20 @@ def test_an_unreadable_image_is_the_error_of_every_process_and_left_out_by_all(t
         assert record["metrics"]["fid"]["n"] == 1998
 
 
+def test_an_unreadable_image_of_the_reference_is_left_out_and_counted_too(thousands, tmp_path, capsys):
+    told = ("calc", "builtin:digits", thousands, "--preset", "digits")
+    assert f"cannot read the image {thousands / '1234.png'}" in refused(capsys, *told)
+    record = scored(capsys, *told, "--skip-broken")
+    assert record["skipped"] == [str(thousands / "1234.png")]
+    assert record["metrics"]["fid"]["n_ref"] == 1999
+    code, out, _ = run(
+        capsys, "ref", thousands, "--preset", "digits", "--skip-broken", "--out", tmp_path / "reference.npz"
+    )
+    assert (code, "1 images could not be read" in out) == (0, True)
+    with np.load(tmp_path / "reference.npz") as written:
+        assert written["n"] == 1999
+
+
 def test_prompts_stay_with_their_images_where_one_is_left_out(tmp_path, inception, capsys):
     images = save(tmp_path / "images", np.repeat(DIGITS[:12], 2, 0))
     (tmp_path / "prompts.txt").write_text("".join(f"digit {k // 2}\n" for k in range(24)))
@@ -162,7 +176,10 @@ def test_an_unknown_preset_is_answered_with_all_of_them(capsys):
     [
         (["a digit"] * 23, "holds 23 prompts for 24 images"),
         (["a digit"] * 25, "holds 25 prompts for 24 images"),
-        (["a digit"] * 3 + [""] + ["a digit"] * 20, "holds 23 prompts for 24 images"),  # A line left blank.
+        (
+            ["a digit"] * 3 + [""] + ["a digit"] * 20,
+            "23 prompts for 24 images; give one an image; line 4 is blank",
+        ),
         ([], "holds no prompt"),
         (["a digit"] * 3 + ["\xff"] + ["a digit"] * 20, "line 4"),
     ],

@@ -180,7 +180,7 @@ def test_negative_cosines_are_kept_unless_clamped(towers):
 @pytest.mark.parametrize("prompt", ["", "  ", "\n\t"])
 def test_an_empty_prompt_is_an_error_that_names_its_row(towers, prompt):
     with pytest.raises(UserError, match="prompt 101 is empty"):
-        ClipScorer(towers, template="A photo depicts {}")(noise(64, 64), ["a cat", prompt], first_row=100)
+        ClipScorer(towers, template="A photo depicts {}")(noise(64, 64), ["a cat", prompt], rows=[99, 101])
 
 
 def test_every_image_needs_its_prompt(towers):

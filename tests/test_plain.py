@@ -255,7 +255,7 @@ def test_classes_are_asked_for_by_label(tmp_path):
     noise = torch.randn(1, 1, 8, 8)
     assert not torch.equal(student(noise, torch.tensor([0])), student(noise, torch.tensor([1])))
     made = [Sampling(source=str(folder), labels=(label,), trust_remote_code=True) for label in (0, 1)]
-    first, second = (tracing(asked)([5]) for asked in made)
+    first, second = (tracing(asked).traces([5]) for asked in made)
     assert not torch.equal(first, second)
     assert "torch.randint(4, (4,))" in (folder / "README.md").read_text()
 

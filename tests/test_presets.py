@@ -1,23 +1,34 @@
 """Every preset of the table from images to numbers, by the command, on networks of random weights."""
 
 import json
+import multiprocessing
+import os
 import pickle
+import signal
+from dataclasses import replace
 
 import numpy as np
 import open_clip.factory
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from processes import in_processes
 from random_networks import save_all, tell_open_clip
 
+from stepdistill.errors import UserError
 from stepdistill.fid import main
+from stepdistill.metrics.clip import ClipVitB32
+from stepdistill.metrics.frechet import Reference, moments_of
 from stepdistill.metrics.presets import PRESETS
-from stepdistill.metrics.score import FRECHET
-from stepdistill.metrics.weights import VARIABLE
+from stepdistill.metrics.protocols import FRECHET
+from stepdistill.metrics.store import FeatureStore
+from stepdistill.metrics.weights import VARIABLE, find_weights
 
 NAMES = {"prdc": ("precision", "recall", "density", "coverage")}
 """What metrics are called in a record, where they are not called what they are."""
 COUNT = 20
+PIPELINES = {"prompts": "builtin:digits_text", "none": None}
+"""What a law of labels can be followed by: the bundled digits, which have classes, or a tiny teacher that has none."""
 
 
 def measured(preset):
@@ -75,7 +86,7 @@ def published(preset, fits, images, folder):
     ],
 )
 def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_reference(
-    name, networks, tmp_path, capsys
+    name, networks, teachers, monkeypatch, tmp_path, capsys
 ):
     preset = PRESETS[name]
     side = 8 if preset.extractor == "digits" else 36
@@ -99,8 +110,82 @@ def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_
     if reference is not None:
         assert values(scored(capsys, "calc", images, reference, *told)) == pytest.approx(values(expected), rel=1e-6)
 
-    few = ("--num", COUNT, "--repeats", 1)
-    made = scored(capsys, "gen", "builtin:digits_text", reference or others, *told, *few, "--steps", 1)
+    small = replace(preset, samples=COUNT, repeats=1)
+    monkeypatch.setitem(PRESETS, name, small)
+    pipeline, prompted = PIPELINES.get(preset.labels, "builtin:digits"), preset.labels == "prompts"
+    source = teachers() if pipeline is None else pipeline
+    made = scored(capsys, "gen", source, reference or others, *(told if prompted else told[:2]), "--steps", 1)
+    assert (made["protocol"]["name"], made["protocol"]["digest"]) == (name, small.digest())
     assert [*values(made)] == measured(preset)
     assert np.isfinite([*values(made).values()]).all()
     assert values(made) != values(expected)
+
+
+def test_a_run_of_two_networks_that_is_killed_between_them_continues_with_what_each_lacks(
+    networks, tmp_path, monkeypatch, capsys
+):
+    np.savez(tmp_path / "others.npz", pictures(COUNT + 1, 36, 1))
+    told = ("gen", "builtin:digits", tmp_path / "others.npz", "--preset", "edm2-img64", "--num", COUNT, "--repeats", 1)
+    told = (*told, "--steps", 1, "--features")
+    expected = values(scored(capsys, *told, tmp_path / "whole"))
+
+    def killed():
+        kept = FeatureStore.write
+
+        def write(store, first_id, features):
+            kept(store, first_id, features)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(FeatureStore, "write", write)  # In the child, which is a fork.
+        main([*map(str, told), str(tmp_path / "killed"), "--trust"])
+
+    child = multiprocessing.get_context("fork").Process(target=killed)
+    child.start()
+    child.join(200)
+    assert child.exitcode == -signal.SIGKILL
+    shards = list((tmp_path / "killed").rglob("*.safetensors"))
+    assert [shard.parent.name for shard in shards] == ["inception"]
+    written = shards[0].stat().st_mtime_ns
+    assert values(scored(capsys, *told, tmp_path / "killed")) == pytest.approx(expected, rel=1e-12)
+    assert shards[0].stat().st_mtime_ns == written
+
+
+def test_clip_fid_and_the_subsets_of_kid_are_metrics_of_the_command(networks, tmp_path, capsys):
+    images, others = tmp_path / "images.npz", tmp_path / "others.npz"
+    np.savez(images, pictures(COUNT, 36, 0))
+    np.savez(others, pictures(COUNT + 1, 36, 1))
+    found = scored(capsys, "calc", images, others, "--preset", "clean", "--metrics", "clip-fid")["metrics"]["clip-fid"]
+    towers = ClipVitB32(find_weights("clip-vit-b-32", trust=True))
+    seen = [
+        moments_of(towers(torch.from_numpy(pictures(COUNT + k, 36, k)).permute(0, 3, 1, 2)).features) for k in (0, 1)
+    ]
+    assert found["value"] == pytest.approx(Reference(seen[1]).distance(seen[0]), rel=1e-6)
+    assert (found["n"], found["n_ref"]) == (COUNT, COUNT + 1)
+    with pytest.raises(UserError, match="at least 1000 generated features are needed, got 20"):
+        main(["calc", str(images), str(others), "--preset", "clean", "--metrics", "kid-subsets", "--trust"])
+
+
+def test_the_clip_score_of_one_image_has_no_error_and_an_empty_prompt_is_named_in_every_process(
+    networks, tmp_path, capsys
+):
+    np.savez(tmp_path / "images.npz", pictures(3, 36, 0))
+    (tmp_path / "prompts.txt").write_text('a cat\na dog\n""\n')
+    told = ("calc", tmp_path / "images.npz", "--preset", "coco30k-gigagan", "--metrics", "clip")
+    told = [*map(str, told), "--prompts", str(tmp_path / "prompts.txt"), "--trust", "--json"]
+    assert main([*told, "--num", "1"]) == 0
+    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (record["metrics"]["clip"]["se"], record["metrics"]["clip"]["n"]) == (None, 1)
+    errors = in_processes(2, lambda: main(told))
+    assert {str(error).partition(" is empty")[0] for error in errors} == {f"prompt 3 of {tmp_path / 'prompts.txt'}"}
+
+
+def test_the_parts_of_the_inception_score_do_not_depend_on_the_order_of_images_or_batches(networks, tmp_path, capsys):
+    images = pictures(40, 36, 0)
+    np.savez(tmp_path / "images.npz", images)
+    np.savez(tmp_path / "shuffled.npz", images[np.random.default_rng(0).permutation(40)])
+    told = ("--preset", "adm-256", "--metrics", "is")
+    expected = scored(capsys, "calc", tmp_path / "images.npz", *told)["metrics"]["is"]["repeats"]
+    assert len({round(value, 9) for value in expected}) == 10
+    for more in ((), ("--batch-size", 7), ("--features", tmp_path / "kept")):
+        found = scored(capsys, "calc", tmp_path / "shuffled.npz", *told, *more)["metrics"]["is"]["repeats"]
+        assert [value - 1 for value in found] == pytest.approx([value - 1 for value in expected], rel=1e-3)

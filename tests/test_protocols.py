@@ -170,7 +170,7 @@ def test_the_float_resize_belongs_to_the_main_network_alone():
     coco = protocol("coco30k-gigagan").changed({"metrics": METRICS})
     main = ("inception-clean", ("center-crop", "lanczos 256", "bicubic-float 299"))
     assert {metric: coco.network(metric) for metric in METRICS} == {
-        **dict.fromkeys(("fid", "kid", "prdc", "is", "diversity", "vendi"), main),
+        **dict.fromkeys(("fid", "kid", "kid-subsets", "prdc", "is", "diversity", "vendi"), main),
         "fd-dinov2": ("dinov2-vit-l-14", ("center-crop", "lanczos 256")),
         "clip-fid": ("clip-vit-b-32", ("center-crop", "lanczos 256")),
         "cmmd": ("clip-vit-l-14-336", ("center-crop", "lanczos 256")),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,10 +16,12 @@ from processes import in_processes
 from stepdistill import agreement
 from stepdistill.errors import UserError
 from stepdistill.fid import main
-from stepdistill.generating import stored, summed_up
+from stepdistill.generating import gen, stored, summed_up
 from stepdistill.images import load_digits, to_picture
 from stepdistill.metrics.base import Value
 from stepdistill.metrics.presets import protocol
+from stepdistill.sample import tracing
+from stepdistill.sampling import Sampling
 from stepdistill.scoring import Options, calc
 
 DIGITS = load_digits()[0][:, 0].numpy()
@@ -133,6 +136,25 @@ def test_two_runs_compare_on_their_common_ids_and_only_under_one_protocol(source
         main(["compare", str(tmp_path / "array.npz"), str(tmp_path)])
 
 
+def test_what_is_not_compared_is_said_and_an_equal_reference_may_lie_elsewhere(sources, tmp_path, capsys):
+    for name, reference in (("array.npz", "others.npz"), ("shard.npy", "copy.npz")):
+        if reference == "copy.npz":
+            shutil.copy(sources / "others.npz", tmp_path / reference)
+        place = (sources if reference == "others.npz" else tmp_path) / reference
+        told = ("--preset", "digits", "--metrics", "fid,kid", "--features", tmp_path / name)
+        scored(capsys, "calc", sources / name, place, *told)
+    told = ["compare", str(tmp_path / "array.npz"), str(tmp_path / "shard.npy")]
+    record = scored(capsys, *told)
+    assert (record["metrics"].keys(), record["not_compared"]) == ({"fid"}, ["kid"])
+    main(told)
+    assert "kid: not compared" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"kid: .* has fid to compare"):
+        main([*told, "--metrics", "kid"])
+    np.savez(tmp_path / "copy.npz", DIGITS[:300])
+    with pytest.raises(UserError, match="has changed since"):
+        main(["compare", *told[:0:-1]])
+
+
 def test_two_runs_are_drawn_where_they_agree_best_and_worst(sources, tmp_path, capsys):
     images = DIGITS[300:340].copy()
     np.savez(tmp_path / "one.npz", images)
@@ -171,6 +193,78 @@ def test_a_pipeline_is_scored_in_memory_as_its_saved_images_are(tmp_path, capsys
     twice = scored(capsys, *told, "--repeats", 2)["metrics"]["fid"]
     assert twice["repeats"][0] == pytest.approx(numbers(record)["fid"][0], rel=1e-9)
     assert twice["value"] == pytest.approx(sum(twice["repeats"]) / 2)
+
+
+GEN = ("gen", "builtin:digits", "builtin:digits", "--num", 20, "--steps", 2)
+
+
+def test_a_finished_run_is_repeated_and_generates_nothing(tmp_path, capsys):
+    told = (*GEN, "--features", tmp_path / "kept")
+    first, again = scored(capsys, *told), scored(capsys, *told)
+    assert numbers(again) == numbers(first)
+    assert (first["cost"]["images_generated"], again["cost"]["images_generated"]) == (20, 0)
+    assert (first["cost"]["network_calls"], again["cost"]["network_calls"]) == (2, 2)
+    assert first["cost"]["images_per_second"] > 0
+    assert again["cost"]["images_per_second"] is None
+    assert again["cost"]["latency_seconds"] > 0
+    assert again["seconds"]["generation"] == 0 < first["seconds"]["generation"]
+    main([*map(str, told)])
+    assert "2 network calls an image" in capsys.readouterr().out
+
+
+def test_a_process_without_a_shard_does_no_harm(tmp_path):
+    def run():
+        told = Options(count=20, features=tmp_path / "kept")
+        return gen(Sampling(source="builtin:digits", steps=1), "builtin:digits", told)
+
+    one, other = in_processes(2, run)
+    assert numbers(one) == numbers(other)
+    assert one["cost"]["images_generated"] == 20
+
+
+def test_features_of_another_setting_or_of_new_weights_are_not_continued(teachers, tmp_path, capsys):
+    student = tmp_path / "student"
+    shutil.copytree(teachers("consistency"), student)
+    told = ["gen", str(student), "builtin:digits", "--num", "20", "--features", str(tmp_path / "kept"), "--steps", "1"]
+    first = scored(capsys, *told)
+    with pytest.raises(UserError, match=r"made_by '.*steps=1, .*this run makes '.*steps=2, "):
+        main([*told[:-1], "2"])
+    weights = student / "unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="made_by"):
+        main(told)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert numbers(scored(capsys, *told)) == numbers(first)
+
+
+def test_features_of_images_that_were_replaced_are_not_continued(sources, tmp_path, capsys):
+    images = tmp_path / "images.npz"
+    np.savez(images, DIGITS[:40])
+    told = ["calc", str(images), "builtin:digits", "--features", str(tmp_path / "kept")]
+    scored(capsys, *told)
+    np.savez(images, DIGITS[40:80])
+    with pytest.raises(UserError, match="made_by"):
+        main(told)
+
+
+def test_images_are_generated_and_judged_without_a_reference(capsys):
+    record = scored(capsys, *GEN[:2], *GEN[3:], "--preset", "digits", "--metrics", "vendi")
+    assert (record["metrics"].keys(), record["reference"]) == ({"vendi"}, None)
+    with pytest.raises(UserError, match="fid need a REFERENCE"):
+        main(["gen", "builtin:digits", "--preset", "digits"])
+
+
+def test_a_sample_of_any_repeat_is_asked_for_what_it_is_scored_by():
+    def first(prompts, period):
+        asked = Sampling(source="builtin:digits_text", prompts=prompts, steps=1, period=period)
+        return tracing(asked).traces([4])
+
+    prompts = ("a bold handwritten seven", "a thin handwritten one", "a handwritten nine", "a handwritten two")
+    assert torch.equal(first(prompts, 4), first(prompts[:1], None))
+    assert not torch.equal(first(prompts, 4), first(prompts[1:2], None))
 
 
 def test_pixels_are_rounded_truncated_or_compressed_as_the_protocol_says():

@@ -370,6 +370,17 @@ def test_statistics_of_another_extractor_or_dimension_are_refused(tmp_path):
     close(read_statistics(tmp_path / "b.npz", extractor="dinov2"))  # It does not say of which it is.
 
 
+def test_statistics_of_images_that_were_resized_in_another_way_are_refused(tmp_path):
+    clean = protocol("clean")
+    write_statistics(tmp_path / "a.npz", OWN, protocol=clean)
+    close(read_statistics(tmp_path / "a.npz", sees=clean.sees("fid")))
+    other = clean.changed({"prepare": ("center-crop", "bicubic-float 299")})
+    with pytest.raises(UserError, match="of stored image > bicubic-float 299 > inception-clean, expected stored image"):
+        read_statistics(tmp_path / "a.npz", sees=other.sees("fid"))
+    write_statistics(tmp_path / "b.npz", OWN)
+    close(read_statistics(tmp_path / "b.npz", sees=other.sees("fid")))  # It does not say.
+
+
 def test_what_is_written_is_read_back_with_all_that_is_known(tmp_path):
     how = protocol("clean").changed({"samples": N})
     features = torch.from_numpy(FEATURES)

@@ -38,6 +38,8 @@ class Features(NamedTuple):
     """``(B, d)``, float32 or float64."""
     logits: Tensor | None = None
     """``(B, classes)`` of a classifier, for the inception score."""
+    marks: Tensor | None = None
+    """``(B,)`` int64 hashes of the images, which order them whatever their files are called."""
 
 
 class Extractor(ABC):

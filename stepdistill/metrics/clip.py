@@ -164,15 +164,16 @@ class ClipScorer:
             raise UserError(f"a prompt template has one {{}} where the prompt goes, got {template!r}")
         self.towers, self.template, self.scale, self.clamp = towers, template, scale, clamp
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], *, first_row: int = 0) -> Scores:
-        """Scores of ``(B, 3, H, W)`` images in [0, 255] against their prompts, of which the first is ``first_row``.
+    def __call__(self, images: Tensor, prompts: Sequence[str], *, rows: Sequence[int] | None = None) -> Scores:
+        """Scores of ``(B, 3, H, W)`` images in [0, 255] against their prompts, of these ``rows`` of all.
 
         Raises:
             UserError: an empty prompt.
         """
         if len(prompts) != len(images):
             raise ValueError(f"every image needs its prompt, got {len(images)} images and {len(prompts)} prompts")
-        empty = next((row for row, prompt in enumerate(prompts, first_row) if not prompt.strip()), None)
+        numbers = range(len(prompts)) if rows is None else rows
+        empty = next((row for row, prompt in zip(numbers, prompts, strict=True) if not prompt.strip()), None)
         if empty is not None:
             raise UserError(f"prompt {empty} is empty; the score of an image against nothing means nothing")
         texts = self.towers.texts([self.template.replace("{}", prompt) for prompt in prompts])

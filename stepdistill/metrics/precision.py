@@ -19,6 +19,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
+def tf32(device: torch.device) -> bool:
+    """Whether products of float32 matrices or convolutions on ``device`` may be rounded to TF32 now."""
+    backends: Any = torch.backends
+    if device.type != "cuda":
+        return False
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        return backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32
+    return "tf32" in (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)
+
+
 @contextmanager
 def _ieee_backends() -> Iterator[None]:
     backends: Any = torch.backends

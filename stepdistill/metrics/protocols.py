@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from ..errors import UserError
 from .resampling import check_steps
 
-METRICS = ("fid", "kid", "fd-dinov2", "clip-fid", "cmmd", "prdc", "is", "clip", "diversity", "vendi")
+METRICS = ("fid", "kid", "kid-subsets", "fd-dinov2", "clip-fid", "cmmd", "prdc", "is", "clip", "diversity", "vendi")
 PARTS = {"prdc": ("precision", "recall", "density", "coverage")}
 """Metrics of several values."""
+FRECHET = {"fid": "fid", "fd-dinov2": "fd-dinov2", "clip-fid": "fid"}
+"""Metrics that sums of features are enough for, and the kind of statistics that they compare with."""
+SINGLE = ("is", "vendi", "diversity")
+"""Metrics of the images alone, without a reference."""
 DIRECTIONS = {
-    **dict.fromkeys(("fid", "kid", "fd-dinov2", "clip-fid", "cmmd"), -1),
+    **dict.fromkeys(("fid", "kid", "kid-subsets", "fd-dinov2", "clip-fid", "cmmd"), -1),
     **dict.fromkeys(("precision", "recall", "coverage", "is", "clip"), 1),
 }
 """Sign of an improvement of each value; density, diversity and vendi, which noise has most of, have none."""
@@ -148,6 +152,11 @@ class Protocol:
         }
         return others.get(metric, (self.extractor, self.prepare))
 
+    def sees(self, metric: str) -> str:
+        """The way of an image to the network of ``metric``."""
+        extractor, steps = self.network(metric)
+        return " > ".join(("stored image", *steps, extractor))
+
     def text(self) -> str:
         """The protocol spelled out, one ``field: value`` a line."""
         lines = []
@@ -156,9 +165,7 @@ class Protocol:
                 lines += [f"note: {note}" for note in value]
             else:
                 lines.append(f"{key}: {_spelled(value)}")
-        for metric in self.metrics:
-            extractor, steps = self.network(metric)
-            lines.append(f"{metric} sees: {' > '.join(('stored image', *steps, extractor))}")
+        lines += [f"{metric} sees: {self.sees(metric)}" for metric in self.metrics]
         lines.append(f"pixels: {QUANTISATIONS[self.quantisation]}")
         lines.append(f"conditions: {LABELS[self.labels]}")
         return "\n".join(lines)

@@ -22,7 +22,12 @@ _ROUNDING = 1e-5
 
 
 def read_statistics(
-    path: str | Path, *, kind: str = "fid", extractor: str | None = None, dimension: int | None = None
+    path: str | Path,
+    *,
+    kind: str = "fid",
+    extractor: str | None = None,
+    dimension: int | None = None,
+    sees: str | None = None,
 ) -> Statistics:
     """Statistics in a file of this package, EDM, EDM2, pytorch-fid, clean-fid, ADM, StyleGAN, SiD or torch-fidelity.
 
@@ -33,6 +38,8 @@ def read_statistics(
         kind: which of several, of ``KINDS``.
         extractor: refuse statistics that are known to be of another one.
         dimension: refuse statistics of another number of features.
+        sees: refuse statistics of images that are known to have reached the extractor on another way, see
+            ``Protocol.sees``.
 
     Raises:
         UserError: not there, damaged, without statistics of that kind, or not as asked.
@@ -43,6 +50,7 @@ def read_statistics(
     try:
         statistics = statistics_in(content, kind)
         _check(statistics, extractor, dimension)
+        _check_way(statistics, sees)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -134,6 +142,13 @@ def _told(statistics: Statistics, kind: str, protocol: Protocol | None, weights:
     if weights:
         told["weights_sha256"] = weights
     return told
+
+
+def _check_way(statistics: Statistics, sees: str | None) -> None:
+    text = statistics.meta.get("protocol", {}).get("text", "")
+    ways = dict.fromkeys(line.partition(" sees: ")[2] for line in text.splitlines() if " sees: " in line)
+    if sees is not None and ways and sees not in ways:
+        raise UserError(f"statistics of {' and '.join(ways)}, expected {sees}; make them anew with `ref`")
 
 
 def _npz(statistics: Statistics, kind: str, meta: dict[str, Any]) -> bytes:

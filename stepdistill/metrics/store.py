@@ -39,6 +39,8 @@ class Manifest:
     """What made the images: weights, steps, seeds; features of two makers do not mix."""
     dimension: int
     """``d`` of the features."""
+    seen_by: str = ""
+    """The network and what is done to an image before it: weights, resizing."""
     classes: int = 0
     """Logits kept beside them, 0 for none."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -135,7 +137,7 @@ class FeatureStore:
         """
         for shard in self._checked():
             tensors = load_file(shard.path)
-            yield shard.ids, Features(tensors["features"], tensors.get("logits"))
+            yield shard.ids, Features(tensors["features"], tensors.get("logits"), tensors.get("marks"))
 
     def read(self, ids: range) -> Features:
         """Float32 features (and logits) of consecutive ``ids``.
@@ -176,7 +178,7 @@ class FeatureStore:
         for shard in shards:
             try:
                 with safe_open(shard.path, framework="pt") as file:
-                    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                    parts = {name: file.get_slice(name) for name in file.keys() if name != "marks"}  # noqa: SIM118
                     found = {name: (part.get_dtype(), *part.get_shape()) for name, part in parts.items()}
                     mine = file.metadata() == self._metadata()
             except (SafetensorError, OSError) as error:
@@ -193,19 +195,21 @@ class FeatureStore:
         return shards
 
     def _metadata(self) -> dict[str, str]:
-        return {"protocol": self.manifest.protocol, "made_by": self.manifest.made_by}
+        return {name: vars(self.manifest)[name] for name in ("protocol", "made_by", "seen_by")}
 
     def _stored(self, features: Features, count: int) -> dict[str, Tensor]:
         """The tensors of a shard, checked against the manifest."""
         expected = {"features": self.manifest.dimension, "logits": self.manifest.classes}
         stored = {}
-        for (name, width), tensor in zip(expected.items(), features, strict=True):
+        for (name, width), tensor in zip(expected.items(), features[:2], strict=True):
             if (tensor is None) != (width == 0) or (tensor is not None and tensor.shape != (count, width)):
                 got = None if tensor is None else tuple(tensor.shape)
                 raise UserError(f"expected {name} of shape {(count, width) if width else None}, got {got}")
             if tensor is not None:
                 stored[name] = tensor.to("cpu", _DTYPES[self.manifest.dtype]).contiguous()
                 check_features(stored[name], f"{name} in {self.manifest.dtype}")
+        if features.marks is not None:
+            stored["marks"] = features.marks.cpu()
         return stored
 
     def _write(self, name: str, data: bytes, temporary_name: str) -> None:

@@ -1,0 +1,238 @@
+"""One pass over the images: what every network says of them, kept on disk where a run is to be continued."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .base import Extractor, Features
+from .clip import ClipScorer
+from .frechet import FeatureSums
+from .protocols import FRECHET, Protocol
+from .ranks import add_up, gathered, rank_and_world, together
+from .resampling import prepare_mixed
+from .sources import Batch, Source, batches
+from .store import FeatureStore
+
+Stream = Callable[[Sequence[int]], Iterable[Batch]]
+"""Images of the given ids, in order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What turns images into features, and how they are prepared for it."""
+
+    name: str
+    dimension: int
+    steps: tuple[str, ...]
+    """See ``resampling.prepare``."""
+    see: Callable[[Tensor, Sequence[int]], Features]
+    """Features of images ``(B, C, H, W)`` that are the samples of these ids."""
+    weights: str
+    """sha256 of its file."""
+    marked: bool = False
+    """Whether a metric wants images in an order that their files have no say in."""
+
+
+def networks(
+    protocol: Protocol,
+    metrics: Sequence[str],
+    load: Callable[[str], Extractor],
+    scorer: Callable[[], ClipScorer],
+    prompts: Sequence[str],
+) -> dict[str, Network]:
+    """The network of every metric, each loaded once.
+
+    Args:
+        protocol: which one a metric takes, and the steps before it.
+        metrics: of ``protocols.METRICS``.
+        load: gives the extractor of a name.
+        scorer: gives the CLIP score's.
+        prompts: the prompt of every image, for the CLIP score.
+    """
+    made: dict[tuple[bool, str, tuple[str, ...]], Network] = {}
+    found: dict[str, Network] = {}
+    for metric in metrics:
+        name, steps = protocol.network(metric)
+        key = (metric == "clip", name, steps)
+        if key not in made:
+            marked = "is" in metrics and (name, steps) == protocol.network("is")
+            made[key] = (
+                _scoring(scorer(), prompts, steps) if metric == "clip" else _extracting(load(name), steps, marked)
+            )
+        found[metric] = made[key]
+    return found
+
+
+def _extracting(extractor: Extractor, steps: tuple[str, ...], marked: bool) -> Network:
+    def see(images: Tensor, ids: Sequence[int]) -> Features:
+        return extractor(images)
+
+    return Network(extractor.name, extractor.dimension, steps, see, extractor.weights, marked)
+
+
+def _scoring(scorer: ClipScorer, prompts: Sequence[str], steps: tuple[str, ...]) -> Network:
+    def see(images: Tensor, ids: Sequence[int]) -> Features:
+        return Features(scorer(images, [prompts[k] for k in ids], rows=ids).scores[:, None])
+
+    return Network("clip score", 1, steps, see, scorer.towers.weights)
+
+
+@dataclass(eq=False)
+class Collected:
+    """What one network said of a set of images."""
+
+    dimension: int
+    keeps: bool
+    """Whether a metric compares single images, so that features are kept beside their sums."""
+    sums: FeatureSums = field(init=False)
+    kept: list[tuple[list[int], Features]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sums = FeatureSums(self.dimension)
+
+    def add(self, ids: Sequence[int], found: Features) -> None:
+        """Take the features of the samples ``ids``."""
+        self.sums.add(found.features, ids)
+        if self.keeps:
+            self.kept.append((list(ids), _on_cpu(found)))
+
+    def join(self) -> None:
+        """Take what the other processes have collected too."""
+        if rank_and_world()[1] > 1:
+            add_up(self.sums.count, self.sums.sum, self.sums.outer)
+            self.kept = [part for parts in gathered(self.kept) for part in parts]
+
+    def features(self) -> Features:
+        """All kept features in the order of their ids."""
+        return _in_order(self.kept)
+
+
+def _on_cpu(found: Features) -> Features:
+    others = (None if part is None else part.cpu() for part in found[1:])
+    return Features(found.features.cpu(), *others)
+
+
+def _in_order(parts: Sequence[tuple[Sequence[int], Features]]) -> Features:
+    order = torch.tensor([k for ids, _ in parts for k in ids]).argsort()
+
+    def joined(column: Iterable[Tensor | None]) -> Tensor | None:
+        present = [part for part in column if part is not None]
+        return torch.cat(present)[order] if present else None
+
+    features = torch.cat([found.features for _, found in parts])[order]
+    return Features(features, joined(found.logits for _, found in parts), joined(found.marks for _, found in parts))
+
+
+def reader(source: Source, *, batch_size: int, workers: int, skip_broken: list[str] | None) -> Stream:
+    """The images of ``source``, grey ones as RGB."""
+
+    def stream(ids: Sequence[int]) -> Iterable[Batch]:
+        return batches(source, ids, batch_size=batch_size, workers=workers, rgb=True, skip_broken=skip_broken)
+
+    return stream
+
+
+def collect(
+    stream: Stream,
+    count: int,
+    told: Mapping[str, Network],
+    *,
+    device: torch.device,
+    store: Callable[[Network], FeatureStore] | None = None,
+) -> dict[str, Collected]:
+    """Show ``count`` images to every network, once; processes share the ids, and all return the same.
+
+    Args:
+        stream: the images.
+        count: how many; ids are ``0 .. count - 1``.
+        told: the network of every metric.
+        device: where images are prepared.
+        store: where a network's features are kept for a run that is continued; what is there is not made again.
+
+    Raises:
+        UserError: images that cannot be read, or whose sizes the protocol does not make one.
+    """
+    made: dict[Network, Collected] = {}
+    for network in told.values():
+        keeps = any(metric not in FRECHET for metric, other in told.items() if other is network)
+        made[network] = Collected(network.dimension, keeps)
+    rank, world = rank_and_world()
+
+    def add(ids: Sequence[int]) -> None:
+        for taken, found in _shown(stream, ids, list(made), device):
+            for network, features in found.items():
+                made[network].add(taken, features)
+
+    if store is None:
+        together(lambda: add(range(rank, count, world)))
+    else:
+        stores = together(lambda: {network: store(network) for network in made})
+        mine = _lacking(count, list(stores.values()))[rank::world]
+        together(lambda: _complete(stream, mine, stores, device))
+        for network, there in stores.items():
+            _read(made[network], there, range(count), rank, world)
+    for part in made.values():
+        part.join()
+    return {metric: made[network] for metric, network in told.items()}
+
+
+def _shown(
+    stream: Stream, ids: Sequence[int], told: Sequence[Network], device: torch.device
+) -> Iterator[tuple[list[int], dict[Network, Features]]]:
+    for batch in stream(ids):
+        prepared = {steps: prepare_mixed(batch.images, steps, device) for steps in {each.steps for each in told}}
+        seen = {network: network.see(prepared[network.steps], batch.ids) for network in told}
+        yield batch.ids, {n: f._replace(marks=_marks(batch.images)) if n.marked else f for n, f in seen.items()}
+
+
+def _marks(images: Sequence[Tensor]) -> Tensor:
+    """The first eight bytes of a hash of each image."""
+    hashes = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images]
+    return torch.tensor([int.from_bytes(each, "little", signed=True) for each in hashes])
+
+
+def _lacking(count: int, stores: Sequence[FeatureStore]) -> list[tuple[range, list[int]]]:
+    """Samples, all of one shard, and the numbers of the stores that lack them; the same for all processes."""
+    missing = together(lambda: [store.missing(range(count)) for store in stores])
+    edges = sorted({edge for ranges in missing for ids in ranges for edge in (ids.start, ids.stop)})
+    pieces = [
+        (range(*ends), [k for k, ranges in enumerate(missing) if any(ends[0] in ids for ids in ranges)])
+        for ends in pairwise(edges)
+    ]
+    return gathered([(ids, lacking) for ids, lacking in pieces if lacking])[0]
+
+
+def _complete(
+    stream: Stream,
+    pieces: Sequence[tuple[range, Sequence[int]]],
+    stores: Mapping[Network, FeatureStore],
+    device: torch.device,
+) -> None:
+    """Make the samples of ``pieces``, and give every store what it lacks: one may have gone further than another."""
+    for ids, lacking in pieces:
+        wanted = [list(stores)[k] for k in lacking]
+        found = list(_shown(stream, ids, wanted, device))
+        if sum(len(taken) for taken, _ in found) != len(ids):
+            raise UserError(
+                "a run that keeps its features needs every image; repair the broken ones or leave --features"
+            )
+        for network in wanted:
+            parts = [(taken, _on_cpu(features[network])) for taken, features in found]
+            stores[network].write(ids.start, _in_order(parts))
+
+
+def _read(part: Collected, store: FeatureStore, ids: range, rank: int, world: int) -> None:
+    """Collect from ``store``; processes share its shards."""
+    for number, (own, found) in enumerate(store.shards()):
+        if number % world == rank and own.start < ids.stop:
+            inside = slice(0, ids.stop - own.start)
+            logits = None if found.logits is None else found.logits[inside].float()
+            marks = None if found.marks is None else found.marks[inside]
+            part.add(range(own.start, min(own.stop, ids.stop)), Features(found.features[inside].float(), logits, marks))
