@@ -143,6 +143,9 @@ def test_statistics_of_another_extractor_dimension_or_kind_are_refused(tmp_path,
     told = ("--preset", "clean", "--metrics", "fid", "--trust")
     message = refused(capsys, "calc", images, tmp_path / "edm.npz", *told)
     assert "statistics of extractor inception, expected inception-clean" in message
+    other = ("--preset", "sidlsg-train", "--trust")  # The same network after another resize.
+    message = refused(capsys, "calc", images, tmp_path / "edm.npz", *other)
+    assert "statistics of stored image > inception, expected stored image > center-crop > lanczos 256" in message
     message = refused(capsys, "calc", images, tmp_path / "digits.npz", *told)
     assert "statistics of 80 features, expected 6; they are of another extractor" in message
     np.savez(tmp_path / "spatial.npz", mu_s=np.zeros(6), sigma_s=np.eye(6))

@@ -189,3 +189,14 @@ def test_the_parts_of_the_inception_score_do_not_depend_on_the_order_of_images_o
     for more in ((), ("--batch-size", 7), ("--features", tmp_path / "kept")):
         found = scored(capsys, "calc", tmp_path / "shuffled.npz", *told, *more)["metrics"]["is"]["repeats"]
         assert [value - 1 for value in found] == pytest.approx([value - 1 for value in expected], rel=1e-3)
+
+
+def test_clip_scores_of_two_runs_compare_without_a_reference(networks, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\na house\n")
+    told = ("--preset", "coco30k-gigagan", "--metrics", "clip", "--prompts", tmp_path / "prompts.txt", "--features")
+    scores = []
+    for k in (0, 1):
+        np.savez(tmp_path / f"{k}.npz", pictures(3, 36, k))
+        scores.append(values(scored(capsys, "calc", tmp_path / f"{k}.npz", *told, tmp_path / str(k)))["clip"])
+    found = scored(capsys, "compare", tmp_path / "0", tmp_path / "1")
+    assert values(found)["clip"] == pytest.approx(scores[0] - scores[1], abs=1e-7)

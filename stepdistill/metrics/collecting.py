@@ -159,10 +159,8 @@ def collect(
     Raises:
         UserError: images that cannot be read, or whose sizes the protocol does not make one.
     """
-    made: dict[Network, Collected] = {}
-    for network in told.values():
-        keeps = any(metric not in FRECHET for metric, other in told.items() if other is network)
-        made[network] = Collected(network.dimension, keeps)
+    keeping = {network for metric, network in told.items() if metric not in FRECHET}
+    made = {network: Collected(network.dimension, network in keeping) for network in dict.fromkeys(told.values())}
     rank, world = rank_and_world()
 
     def add(ids: Sequence[int]) -> None:
