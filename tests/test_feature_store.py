@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from processes import in_processes
 from safetensors.torch import save_file
 
 from stepdistill.errors import UserError
 from stepdistill.metrics.base import Features
+from stepdistill.metrics.collecting import Network, collect
+from stepdistill.metrics.sources import Batch
 from stepdistill.metrics.store import MANIFEST, FeatureStore, Manifest, read_manifest
 
 MADE = Manifest(protocol="a1b2", made_by="student, 1 step", dimension=4, shard_size=10)
@@ -190,3 +193,31 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
         FeatureStore(tmp_path / "file" / "folder", MADE)
     with pytest.raises(UserError, match="positive sizes and dtype float16 or float32"):
         FeatureStore(tmp_path / "other", replace(MADE, dimension=0))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_each_store_of_a_run_is_given_what_it_lacks_and_no_sample_is_made_twice(tmp_path, world):
+    def see(images, ids):
+        return Features(torch.tensor(ids)[:, None] + torch.arange(4) / 8)
+
+    networks = {metric: Network(metric, 4, (), see, "") for metric in ("fid", "kid")}
+    filled(tmp_path / "fid", range(10), range(20, 24))
+    filled(tmp_path / "kid", range(3, 10), range(10, 20), range(20, 22))
+
+    def run():
+        shown = []
+
+        def stream(ids):
+            shown.extend(ids)
+            yield Batch(list(ids), [torch.zeros(3, 2, 2, dtype=torch.uint8) for _ in ids])
+
+        device, store = torch.device("cpu"), lambda network: FeatureStore(tmp_path / network.name, MADE)
+        found = collect(stream, 33, networks, device=device, store=store)
+        return shown, found["kid"].features().features.tolist(), found["fid"].sums.sum.sum(0).tolist()
+
+    parts = in_processes(world, run)
+    assert sorted(k for shown, _, _ in parts for k in shown) == [*range(3), *range(10, 20), *range(22, 33)]
+    for _, kept, total in parts:
+        assert kept == rows(range(33)).tolist()
+        assert total == rows(range(33)).sum(0).tolist()
+    assert all(FeatureStore(tmp_path / name, MADE).done() == [range(33)] for name in networks)
