@@ -337,7 +337,7 @@ def gradients(net: Denoiser) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("weight", ["adaptive", "snr", "one"])
+@pytest.mark.parametrize("weight", ["adaptive", "snr", "clean", "one"])
 def test_two_phases_give_the_gradient_of_one_joint_backward_pass(weight):
     torch.manual_seed(0)
     nets, batch = networks(), Batch(torch.randn(16, 8, dtype=torch.float64))
@@ -358,6 +358,7 @@ def test_two_phases_give_the_gradient_of_one_joint_backward_pass(weight):
     weights = {
         "adaptive": 1 / (x_g - real).abs().mean(1, keepdim=True).detach(),
         "snr": (((1 - t) / t).square() + 1 / 0.5**2).sqrt()[:, None],
+        "clean": (1 - t)[:, None],
         "one": 1.0,
     }
     loss = (weights[weight] * (real - fake) * (real - x_g - 1.2 * (real - fake))).sum(1).mean()

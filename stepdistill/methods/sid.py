@@ -48,11 +48,12 @@ class SiD(ScoreDistillation):
     name: Literal["sid"] = "sid"
     alpha: float = 1.0
     """Weight of the subtracted squared error; 0.5 is the exact min-max game, 1.0 is stable, 1.2 the paper's best."""
-    weight: Literal["adaptive", "snr", "eps", "one"] = "adaptive"
+    weight: Literal["adaptive", "snr", "eps", "clean", "one"] = "adaptive"
     """``adaptive``: 1 / mean|x_g - D_phi| per sample (the paper's code), which depends on ``x_g``, so that the score
     identities hold only roughly; ``snr``: ``sqrt(alpha^2 / sigma^2 + 1 / sigma_data^2)``, of the same size for Gaussian
     data but a function of ``t``, so that they hold; ``eps``: its square, so that errors count as errors of the noise
-    prediction and fine detail most; ``one``: none, for analysis."""
+    prediction and fine detail most; ``clean``: ``alpha / (alpha + sigma)``, 1 - t of a rectified flow (SiD-DiT,
+    arXiv:2509.25127); ``one``: none, for analysis."""
     delta_guidance: float = 1.0
     """Guidance scale of the fake network in ``D_phi - D_psi`` (kappa 2 of SiD-LSG)."""
     bracket_guidance: float = 1.0
@@ -105,7 +106,8 @@ class SiD(ScoreDistillation):
 
     def _weight(self, teacher: Denoiser, t: Tensor, error: Tensor) -> Tensor:
         """Weight of each sample, ``(B,)``; ``error`` is its mean|x_g - D_phi|."""
-        snr = (teacher.process.alpha(t) / teacher.process.sigma(t)).square() + teacher.sigma_data**-2
+        alpha, sigma = teacher.process.alpha(t), teacher.process.sigma(t)
+        snr = (alpha / sigma).square() + teacher.sigma_data**-2
         match self.weight:
             case "adaptive":
                 return error.clamp_min(1e-5).reciprocal()
@@ -113,5 +115,7 @@ class SiD(ScoreDistillation):
                 return snr.sqrt().to(error.dtype)
             case "eps":
                 return snr.to(error.dtype)
+            case "clean":
+                return (alpha / (alpha + sigma)).to(error.dtype)
             case "one":
                 return torch.ones_like(error)
