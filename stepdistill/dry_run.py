@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -22,11 +23,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones.plain import PLAIN
+from .bundled import BUILTIN
 from .conditions import Cond
 from .config import Config, Evaluate, Stage, Training
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
 from .learners import learning, networks, tune
 from .preflight import check_derivatives, check_trackers, checked
+from .prompts import CACHE, read_prompts, row_bytes
 from .quantization import quantized
 from .teacher import Teacher, settings_of
 from .trainer import Trainer
@@ -47,6 +50,7 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         UserError: as the run itself would, but for the weights.
     """
     check_trackers(config.training.trackers)
+    config, missing = _with_prompts(config)
     teacher = _teacher(config)
     samplers, hosted = checked(config, teacher)
     if config.real_data:
@@ -68,7 +72,20 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         host = f"{pipeline} with {hosted.scheduler_name}"
     lines += ["", f"student   {host}, {hosted.steps} network call(s)"]
     lines += [f"evaluate  {_judged(config.evaluate)}"] if config.evaluate else []
+    if config.data.prompts:
+        count = len(set(read_prompts(config.data.prompts)))
+        kept = f"{count:,} distinct, {_size(count * row_bytes(teacher))} in {CACHE}, read row by row"
+        lines += [f"prompts   {missing or kept}"]
     return "\n".join(lines)
+
+
+def _with_prompts(config: Config) -> tuple[Config, str | None]:
+    """``config`` with a prompt where its file does not exist yet, and a line that says so."""
+    file = config.data.prompts
+    if not isinstance(file, str) or file.startswith(BUILTIN) or Path(file).expanduser().exists():
+        return config, None
+    data = config.data.model_copy(update={"prompts": ("a prompt",)})
+    return config.model_copy(update={"data": data}), f"{file} is not there yet; a run needs it, one prompt a line"
 
 
 def _judged(told: Evaluate) -> str:

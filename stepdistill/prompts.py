@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import os
 import socket
 import warnings
@@ -126,6 +127,12 @@ def encode(
         return _split(load_file(path))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read the encoded prompts in {path}: {error}; delete the file") from None
+
+
+def row_bytes(teacher: Teacher) -> int:
+    """What one encoded prompt takes on disk, about: masks count as numbers do."""
+    numbers = sum(math.prod(shape) for shape in teacher.family.told(teacher.network.config).values())
+    return getattr(torch, teacher.parts_dtype).itemsize * numbers
 
 
 @torch.no_grad()

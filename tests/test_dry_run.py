@@ -15,7 +15,7 @@ from stepdistill.distill import Run
 from stepdistill.dry_run import META, Step, dry_run, measured, rehearse, role_of
 from stepdistill.errors import UserError
 from stepdistill.preflight import checked
-from stepdistill.prompts import encode
+from stepdistill.prompts import encode, row_bytes
 from stepdistill.recipe import parse
 from stepdistill.teacher import load_teacher
 
@@ -169,3 +169,46 @@ def test_a_dry_run_refuses_what_a_run_refuses(tmp_path, prompts):
     )
     with pytest.raises(UserError, match="makes latents"):
         dry_run(wrong)
+
+
+RECIPES = {"sd3_sid_few_step": "sd3", "sit_freeflow": "sit"}
+SLOW = {
+    "sd15_sid": "sd",
+    "sd15_dmd": "sd",
+    "sd21_boot": "sd",
+    "sdxl_disback": "sdxl",
+    "sdxl_sid_few_step": "sdxl",
+    "sdxl_tscd": "sdxl",
+    "flux_sid_few_step": "flux",
+    "sana_tbcm": "sana",
+}
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_recipes_are_rehearsed_as_they_are_with_prompts_yet_to_be_written(recipe, tmp_path, monkeypatch):
+    """Of teachers of the same families that are small."""
+    monkeypatch.chdir(tmp_path)
+    family = {**RECIPES, **SLOW}[recipe]
+    folder, pipeline = tmp_path / family, families.BUILD[family]()
+    pipeline.save_config(folder)
+    for name, part in pipeline.components.items():
+        if name in ("unet", "transformer", "vae", "scheduler"):
+            part.save_config(folder / name)
+    told = {"flux": "data.resolution=16", "sana": "data.resolution=32"}.get(family, "training.batch_size=2")
+    said = dry_run(parse(Config, recipe, [f"teacher={folder}", told]))
+    texts = recipe != "sit_freeflow"
+    assert ("prompts   prompts.txt is not there yet" in said) == texts
+    assert "TFLOP" in said
+    if texts:
+        (tmp_path / "prompts.txt").write_text("a cat\n\xe9\n", encoding="latin1")
+        with pytest.raises(UserError, match="line 2 is not UTF-8"):
+            dry_run(parse(Config, recipe, [f"teacher={folder}", told]))
+
+
+def test_encoded_prompts_take_what_a_dry_run_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.prompts.CACHE", tmp_path)
+    folder = str(families.build("sd", tmp_path / "sd"))
+    for parts_dtype in ("float32", "bfloat16"):
+        teacher = load_teacher(folder, parts_dtype=parts_dtype)
+        table, _ = encode(teacher, ["seven", "bold three"], None)
+        assert sum(value.nbytes for value in table.values()) == 2 * row_bytes(teacher)
