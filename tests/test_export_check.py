@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from families import build
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from families import BUILD, build
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
 from stepdistill import export, outcome, prompts
 from stepdistill.config import Config
@@ -63,3 +65,44 @@ def test_text_encoders_and_vae_of_half_precision_do_not_fail_the_check(tmp_path,
     exact, _ = prompts.encode(load_teacher(place), ["a", "b"], None)
     assert torch.equal(told[0], exact["encoder_hidden_states"])
     assert json.loads((student / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+
+
+def test_an_empty_caption_of_sdxl_is_a_row_of_its_own(tmp_path, monkeypatch):
+    """Not the zeros that SDXL takes where no negative prompt is given, and nothing that its neighbours feel."""
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    place = str(build("sdxl", tmp_path / "sdxl"))
+    teacher = load_teacher(place)
+    among, null = prompts.encode(teacher, ["a cat", "", "a dog"], None)
+    alone, _ = prompts.encode(teacher, ["a cat", "a dog"], None)
+    pipeline: Any = DiffusionPipeline.from_pretrained(place)
+    told, _, pooled, _ = pipeline.encode_prompt("", None, "cpu", 1, False)
+    for key, stock in (("encoder_hidden_states", told), ("text_embeds", pooled)):
+        torch.testing.assert_close(among[key][[0, 2]], alone[key], atol=1e-6, rtol=0)
+        torch.testing.assert_close(among[key][1], stock[0], atol=1e-6, rtol=0)
+        assert not null[key].any()
+        assert among[key][1].any()
+
+
+def test_a_safety_checker_survives_in_the_student(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(Teacher, "picture_steps", 2)
+    monkeypatch.setattr(outcome, "_SHOWN", 4)
+    small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**small, image_size=8, patch_size=4).to_dict()
+    text = CLIPTextConfig(**small, vocab_size=10).to_dict()
+    both: Any = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    pipeline = BUILD["sd"]()
+    pipeline.register_modules(
+        safety_checker=StableDiffusionSafetyChecker(
+            CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        ),
+        feature_extractor=CLIPImageProcessor(size=8, crop_size=8),
+    )
+    pipeline.save_pretrained(tmp_path / "teacher")
+    method = {"name": "sid", "init_ratio": 5.0, "input": "unit"}
+    student = distill(config(str(tmp_path / "teacher"), tmp_path / "run", method=method, data={"prompts": ["a", "b"]}))
+    for part in ("safety_checker", "feature_extractor"):
+        for path in (tmp_path / "teacher" / part).iterdir():
+            assert (student / part / path.name).read_bytes() == path.read_bytes()
+    loaded: Any = DiffusionPipeline.from_pretrained(student)
+    assert isinstance(loaded.safety_checker, StableDiffusionSafetyChecker)
