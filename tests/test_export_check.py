@@ -93,9 +93,7 @@ def test_a_safety_checker_survives_in_the_student(tmp_path, monkeypatch):
     both: Any = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     pipeline = BUILD["sd"]()
     pipeline.register_modules(
-        safety_checker=StableDiffusionSafetyChecker(
-            CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-        ),
+        safety_checker=StableDiffusionSafetyChecker(both),
         feature_extractor=CLIPImageProcessor(size=8, crop_size=8),
     )
     pipeline.save_pretrained(tmp_path / "teacher")
