@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +225,7 @@ def recipe(name: str, folder: Path, method: str, out: Path, **training: Any) -> 
     if name in TABLES:
         settings |= {"t_max": 0.7} if method == "boot" else {}
         settings |= {key: 5.0 for key in ("init_ratio", "start_ratio") if key in settings}
-    if name == "sit":  # few-step students of it have no stock scheduler
+    if name in ("sit", "repa"):  # few-step students of theirs have no stock scheduler
         settings |= {"steps": 1} if "steps" in settings else {}
     inner = settings.get("method", settings)
     if method not in ("boot", "tscd", "freeflow"):
@@ -247,7 +249,7 @@ def recipe(name: str, folder: Path, method: str, out: Path, **training: Any) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["sd", "sd-v", "lcm", "sdxl", "sd3", "pixart", "sana", "flux", "dit", "sit"])
+@pytest.mark.parametrize("name", [name for name in BUILD if name != "repa"])
 def test_every_method_distils_every_family(name, method, folders, cache, tmp_path, monkeypatch):
     """The whole job: train, export, and the check that the stock pipeline repeats the sampler."""
     monkeypatch.setattr(Teacher, "picture_steps", 2)
@@ -301,56 +303,77 @@ def test_a_resumed_run_of_every_family_is_the_uninterrupted_one(name, method, fo
 WITHOUT = """
 import json, sys, torch
 sys.modules["stepdistill"] = None
-from diffusers import DiffusionPipeline
-for folder, without, call in json.load(open(sys.argv[1])):
-    pipe = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(without))
-    pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(1)
-    torch.save(torch.from_numpy(pipe(output_type="np", **call).images), folder + ".pt")
+for folder, lines in json.load(open(sys.argv[1])):
+    space = {}
+    for line in lines.splitlines():
+        torch.manual_seed(1)  # loading draws numbers too
+        exec(line, space)
+    torch.save(torch.from_numpy(space["image"]), folder + ".pt")
 """
+TRAINED = {
+    "sd": "swiftbrush",
+    "sd-v": "dmd",
+    "lcm": "dmd",
+    "sdxl": "tscd",
+    "sd3": "freeflow",
+    "sd3-without-t5": "dmd",
+    "pixart": "boot",
+    "pixart-alpha": "dmd",
+    "sana": "tbcm",
+    "flux": "sid",
+    "flux-schnell": "dmd",
+    "dit": "disback",
+    "sit": "boot",
+    "repa": "sid",
+}
+"""A method for every family, every method at least once; DMD's students make two calls with new noise between."""
 
 
-def test_students_of_every_family_load_where_stepdistill_is_not(folders, cache, tmp_path):
+def test_the_lines_of_a_card_draw_trained_students_where_stepdistill_is_not(folders, cache, tmp_path, monkeypatch):
     """One process for all of them, in which importing stepdistill fails; images to 1e-5 of the sampler's."""
+    assert TRAINED.keys() == BUILD.keys()
+    assert set(TRAINED.values()) == METHODS.keys()
+    monkeypatch.setattr(Teacher, "picture_steps", 2)
+    monkeypatch.setattr(outcome, "_SHOWN", 4)
     asks, expected = [], {}
-    for name in BUILD:
-        teacher = load_teacher(str(folders(name)), resolution=SIZES.get(name))
-        ratio = INF if teacher.denoiser.target == "flow" else 2.5
-        method = SiD(steps=1 if name == "sit" else 2, renoising="ddim", init_ratio=ratio, input="unit")
-        sampler, student = method.sampler(teacher.denoiser.process), moved(teacher)
-        hosted = plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family)
-        cond, said = data_free(teacher, asked(teacher), torch.device("cpu")).cond([0]), call(name, teacher, 0)
-        told = {"class_labels": [3]} if name in CLASSES else {"prompt": [PROMPTS[0]]}
-        folder, shape = tmp_path / name, teacher.sample_shape
-        export(student, sampler, hosted, folder, shape=shape, cond=cond, host=Host(teacher, {**said, **told}))
-        steps = {"num_inference_steps": hosted.steps}
-        asks.append((str(folder), list(empty_parts(teacher.index)), {**said, **steps}))
+    for name, method in TRAINED.items():
+        run = Run(recipe(name, folders(name), method, tmp_path / name))
+        run.begin()
+        run.train()
+        folder, teacher, shape = run.finish(), run.teacher, run.teacher.sample_shape
+        (lines,) = re.findall(r"^## Use\n\n```python\n(.*?)\n```", (folder / "README.md").read_text(), re.M | re.S)
+        lines = lines.replace(outcome.PLACE, str(folder)).replace(").images[0]", ', output_type="np").images[0]')
+        asks.append((str(folder), lines.replace('image.save("sample.png")', "")))
         torch.manual_seed(1)
-        with torch.no_grad():
-            made = sampler(student, torch.randn(1, *shape), cond)
-        expected[name] = (Decoder(teacher)(made) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        with torch.no_grad(), run.trainer.averaged_weights() as student:
+            noise, cond = torch.randn(1, *shape), run.data.cond([0])
+            made = run.sampler(student, noise, cond, renoise=partial(teacher.family.later_noise, shape))
+        expected[name] = (Decoder(teacher)(made) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
     (tmp_path / "asks.json").write_text(json.dumps(asks))
     subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path / "asks.json")], check=True, capture_output=True)
-    for name, images in expected.items():
-        seen = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        torch.testing.assert_close(seen, images, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
-        assert images.std() > 0.01
+    for name, image in expected.items():
+        seen = torch.load(tmp_path / name / "student.pt", weights_only=True)
+        torch.testing.assert_close(seen, image, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert image.std() > 0.01
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, "float32") for name in ("sd", "sdxl", "sd3", "sana", "flux", "pixart", "dit")]
-    + [("sdxl", "bfloat16"), ("sd3", "bfloat16")],
+    ("name", "method", "dtype"),
+    [(name, "sid", "float32") for name in ("sd", "sdxl", "sd3", "sana", "flux", "pixart", "dit")]
+    + [("sdxl", "sid", "bfloat16"), ("sd3", "sid", "bfloat16")]
+    + [("sd", "dmd", "float32"), ("sd3", "swiftbrush", "float32"), ("dit", "disback", "float32")]
+    + [("sana", "tbcm", "float32"), ("sdxl", "tscd", "float32")],
 )
 def test_adapters_alone_make_the_teachers_pipeline_the_student(
-    name, dtype, folders, cache, tmp_path, monkeypatch, capsys
+    name, method, dtype, folders, cache, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(Teacher, "picture_steps", 2)
     monkeypatch.setattr(outcome, "_SHOWN", 4)
-    lora = {role: {"rank": 2, "alpha": 4} for role in ("student", "fake")}
-    fast = {"lr": 1e-2}
-    training = {"lora": lora, "optimizer": fast, "teacher_dtype": dtype}
-    student = distill(recipe(name, folders(name), "sid", tmp_path / "run", **training))
+    lora: dict[str, Any] = {role: {"rank": 2, "alpha": 4} for role in ("student", "fake")}
+    if method in ("tbcm", "tscd"):
+        del lora["fake"]
+    training = {"lora": lora, "optimizer": {"lr": 1e-2}, "teacher_dtype": dtype}
+    student = distill(recipe(name, folders(name), method, tmp_path / "run", **training))
     adapters = tmp_path / "run/student_lora"
     weights = next(adapters.glob("*.safetensors"))
     assert weights.name.startswith("adapter" if name in ("pixart", "dit") else "pytorch_lora")
@@ -365,7 +388,8 @@ def test_adapters_alone_make_the_teachers_pipeline_the_student(
     merged: Any = DiffusionPipeline.from_pretrained(student)
     for pipeline in (merged, space["pipe"]):
         torch.manual_seed(3)
-        images.append(pipeline(num_inference_steps=1, output_type="np", **asked).images)
+        calls = METHODS[method].get("steps", 1)
+        images.append(pipeline(num_inference_steps=calls, output_type="np", **asked).images)
     if dtype == "float32":  # else the adapters rest on rounded weights
         assert abs(images[0] - images[1]).max() < 1e-3
 
