@@ -1,11 +1,13 @@
 """Scoring from end to end, on the bundled digits: sources, processes, continued and compared runs, generation."""
 
+import ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +15,12 @@ import torch
 from PIL import Image
 from processes import in_processes
 
-from stepdistill import agreement
+from stepdistill import agreement, scoring
 from stepdistill.errors import UserError
 from stepdistill.fid import main
 from stepdistill.generating import gen, stored, summed_up
 from stepdistill.images import load_digits, to_picture
-from stepdistill.metrics.base import Value
+from stepdistill.metrics.base import Extractor, Features, Value
 from stepdistill.metrics.presets import protocol
 from stepdistill.sample import tracing
 from stepdistill.sampling import Sampling
@@ -92,6 +94,45 @@ def test_a_launcher_gives_two_processes_the_numbers_of_one(sources, capsys):
     record = json.loads(answer.stdout)
     assert record["world_size"] == 2
     assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == numbers(record)
+
+
+class Projection(Extractor):
+    """Random features of 8x8 images, of little memory of its own."""
+
+    name, dimension, weights = "digits", 256, "none"
+    matrix = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, images):
+        return Features((images[:, 0].flatten(1).float() / 255 @ self.matrix).relu())
+
+
+def peak_of(images, reference):
+    """MB beyond the start while these are scored, in a process of its own."""
+
+    def status(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+    def measure():
+        ctypes.CDLL(None).mallopt(-3, 1 << 18)  # Larger blocks go back to the system as soon as they are freed.
+        before = status("VmRSS")
+        calc(str(images), str(reference), Options(preset="digits", metrics=("fid", "kid", "prdc", "vendi"), workers=0))
+        return status("VmHWM") - before
+
+    [peak] = in_processes(1, measure)
+    return peak
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "load_extractor", lambda *_, **__: Projection())
+    peaks = []
+    for count in (2048, 3072):
+        for name in ("images", "reference"):
+            noise = np.random.default_rng(len(name)).integers(0, 256, (count, 8, 8), np.uint8)
+            np.savez(tmp_path / f"{name}.npz", noise)
+        peaks.append(peak_of(tmp_path / "images.npz", tmp_path / "reference.npz"))
+    # In memory, the further features take 1 MB a side in float32, 2 MB in float64, and 1,024 rows of distances 8 MB.
+    assert peaks[1] - peaks[0] < 2, peaks
 
 
 def test_statistics_stand_for_the_images_they_are_of(sources, tmp_path, capsys):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .base import Value
-from .feature_sets import check_comparable, directions
+from .feature_sets import Directions, Rows, check_comparable
 from .mmd import mmd
 
 SIGMA = 10.0
@@ -16,7 +15,7 @@ SCALE = 1000.0
 """What the squared discrepancy is multiplied with, as published."""
 
 
-def cmmd(generated: Tensor, reference: Tensor, *, block: int = 1024) -> Value:
+def cmmd(generated: Rows, reference: Rows, *, block: int = 1024) -> Value:
     """``1000 MMD^2`` of the directions of features, kernel ``exp(-|x - y|^2 / (2 10^2))``.
 
     Args:
@@ -32,7 +31,7 @@ def cmmd(generated: Tensor, reference: Tensor, *, block: int = 1024) -> Value:
         UserError: fewer than two samples, values that are not finite or all zero, other dimensions.
     """
     check_comparable(generated, reference, least=2)
-    a, b = directions(generated, "generated features"), directions(reference, "reference features")
+    a, b = Directions(generated, "generated features"), Directions(reference, "reference features")
     # The kernel less one: constants cancel in the discrepancy, and the kernel itself is nearly constant.
     result = mmd(a, b, lambda cosine: torch.expm1((cosine - 1) / SIGMA**2), block=block)
     return Value(SCALE * result.biased, SCALE * result.se, len(a), debiased=SCALE * result.unbiased)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from .base import Extractor, Features
 from .clip import ClipScorer
+from .feature_file import FeatureFile
 from .frechet import FeatureSums
 from .protocols import FRECHET, Protocol
 from .ranks import add_up, gathered, rank_and_world, together
@@ -88,30 +89,37 @@ def _scoring(scorer: ClipScorer, prompts: Sequence[str], steps: tuple[str, ...])
 class Collected:
     """What one network said of a set of images."""
 
-    dimension: int
-    keeps: bool
-    """Whether a metric compares single images, so that features are kept beside their sums."""
-    sums: FeatureSums = field(init=False)
-    kept: list[tuple[list[int], Features]] = field(default_factory=list)
+    sums: FeatureSums
+    features: FeatureFile | None = None
+    """Those of single images, where a metric compares them."""
+    logits: FeatureFile | None = None
+    marks: FeatureFile | None = None
 
-    def __post_init__(self) -> None:
-        self.sums = FeatureSums(self.dimension)
+    @classmethod
+    def of(cls, network: Network, metrics: Sequence[str]) -> Collected:
+        """Nothing yet, for all ``metrics`` of a network."""
+        features = FeatureFile() if {*metrics} - {*FRECHET, "is"} else None
+        logits, marks = (FeatureFile(), FeatureFile()) if "is" in metrics else (None, None)
+        return cls(FeatureSums(network.dimension), features, logits, marks)
 
     def add(self, ids: Sequence[int], found: Features) -> None:
         """Take the features of the samples ``ids``."""
         self.sums.add(found.features, ids)
-        if self.keeps:
-            self.kept.append((list(ids), _on_cpu(found)))
+        marks = None if found.marks is None else found.marks[:, None]
+        for file, rows in zip(self._files, (found.features, found.logits, marks), strict=True):
+            if file is not None and rows is not None:
+                file.write(ids, rows)
 
     def join(self) -> None:
         """Take what the other processes have collected too."""
-        if rank_and_world()[1] > 1:
-            add_up(self.sums.count, self.sums.sum, self.sums.outer)
-            self.kept = [part for parts in gathered(self.kept) for part in parts]
+        add_up(self.sums.count, self.sums.sum, self.sums.outer)
+        for file in self._files:
+            if file is not None:
+                file.join()
 
-    def features(self) -> Features:
-        """All kept features in the order of their ids."""
-        return _in_order(self.kept)
+    @property
+    def _files(self) -> tuple[FeatureFile | None, ...]:
+        return self.features, self.logits, self.marks
 
 
 def _on_cpu(found: Features) -> Features:
@@ -159,8 +167,9 @@ def collect(
     Raises:
         UserError: images that cannot be read, or whose sizes the protocol does not make one.
     """
-    keeping = {network for metric, network in told.items() if metric not in FRECHET}
-    made = {network: Collected(network.dimension, network in keeping) for network in dict.fromkeys(told.values())}
+    made: dict[Network, Collected] = {}
+    for network in told.values():
+        made[network] = Collected.of(network, [metric for metric, other in told.items() if other is network])
     rank, world = rank_and_world()
 
     def add(ids: Sequence[int]) -> None:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import ArrayFile, open_npz
 from ..errors import UserError, first_line
+from .feature_sets import Rows, check_features
 from .frechet import Moments, moments_of
 from .pickled import read_pickle, read_torch
 
@@ -33,8 +35,8 @@ class Statistics:
     ddof: int = 1
     extractor: str | None = None
     """As in ``protocols.EXTRACTORS``; most files do not say."""
-    features: Tensor | None = None
-    """``(n, d)``, where the file holds them."""
+    features: Rows | None = None
+    """``(n, d)``, where the file holds them, which it goes on doing."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def with_ddof(self, ddof: int) -> Statistics:
@@ -56,8 +58,25 @@ class Statistics:
         return Moments(self.n, self.mean, self.covariance)
 
 
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """Features that are read from their file when they are asked for."""
+
+    array: ArrayFile
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.array.shape)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        return torch.from_numpy(self.array[rows].astype(self.array.dtype.newbyteorder("="), copy=False))
+
+
 def content_of(path: Path) -> dict[str, Any]:
-    """What is in the file at ``path``, by name; image arrays are named, not read.
+    """What is in the file at ``path``, by name; image arrays are named, features of an ``.npz`` opened.
 
     Raises:
         UserError: not there, of another kind, damaged, or with more than numbers in it.
@@ -73,7 +92,10 @@ def content_of(path: Path) -> dict[str, Any]:
         raise UserError(f"statistics are .npz, .pkl or .pt, got {path}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: None if key == "arr_0" else file[key] for key in file}
+            small = {key: None if key in ("arr_0", "feats") else file[key] for key in file}
+            return small | ({"feats": open_npz(path, "feats")} if "feats" in small else {})
+    except UserError:
+        raise
     except Exception as error:  # Damage shows as BadZipFile, zlib.error, EOFError, ValueError, TypeError and more.
         if "allow_pickle" in str(error):
             raise UserError(f"{path} holds Python objects, not plain arrays; save mu and sigma as float64") from error
@@ -110,7 +132,7 @@ def _own(content: dict[str, Any], kind: str, mean: str, covariance: str) -> Stat
     if meta["kind"] != kind:
         raise UserError(f"it holds statistics for {meta['kind']}, expected {kind}")
     fit = _fit(content, mean, covariance, "", n=int(content["n"]) if "n" in content else None)
-    features = torch.from_numpy(content["feats"]) if "feats" in content else None
+    features = _rows("feats", content["feats"]) if "feats" in content else None
     return replace(fit, ddof=int(content["ddof"]), extractor=meta["extractor"], features=features, meta=meta)
 
 
@@ -127,13 +149,19 @@ def _stylegan(content: dict[str, Any]) -> Statistics:
 
 
 def _of_features(features: object, form: str) -> Statistics:
-    values = _numbers("feats", features, 2)
+    values = _rows("feats", features)
     if len(values) < 2:
         raise UserError(f"a covariance needs two features or more, got {len(values)}")
-    moments = moments_of(torch.from_numpy(values))
-    return Statistics(
-        moments.mean, moments.covariance, moments.n, features=torch.from_numpy(values), meta={"form": form}
-    )
+    moments = moments_of(values)
+    return Statistics(moments.mean, moments.covariance, moments.n, features=values, meta={"form": form})
+
+
+def _rows(name: str, value: object) -> Rows:
+    if not isinstance(value, ArrayFile):
+        return torch.from_numpy(_numbers(name, value, 2))
+    _check_form(name, value, 2)
+    check_features(_Stored(value), name)
+    return _Stored(value)
 
 
 def _fit(
@@ -149,12 +177,16 @@ def _fit(
 def _numbers(name: str, value: object, dimensions: int) -> np.ndarray:
     """``value`` as finite float32 or float64 in native, contiguous order."""
     array = np.asarray(value)
-    if array.dtype.kind != "f" or array.dtype.itemsize < 4:
-        raise UserError(f"{name} is of dtype {array.dtype}, expected float64 or float32")
-    if array.ndim != dimensions:
-        raise UserError(f"{name} is of shape {array.shape}, expected {dimensions} dimension{'s' * (dimensions > 1)}")
-    if array.size == 0:
-        raise UserError(f"{name} is empty")
+    _check_form(name, array, dimensions)
     if not np.isfinite(array).all():
         raise UserError(f"{name} holds infinite or undefined values")
     return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+
+
+def _check_form(name: str, array: np.ndarray | ArrayFile, dimensions: int) -> None:
+    if array.dtype.kind != "f" or array.dtype.itemsize < 4:
+        raise UserError(f"{name} is of dtype {array.dtype}, expected float64 or float32")
+    if len(array.shape) != dimensions:
+        raise UserError(f"{name} is of shape {array.shape}, expected {dimensions} dimension{'s' * (dimensions > 1)}")
+    if 0 in array.shape:
+        raise UserError(f"{name} is empty")

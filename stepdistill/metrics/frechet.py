@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .feature_sets import Rows, blocks
 from .jackknife import GROUPS, MIN_SAMPLES, group_of, jackknife
 
 
@@ -50,10 +51,15 @@ class FeatureSums:
         return Moments(n, mean, (outer - n * torch.outer(mean, mean)) / (n - ddof))
 
 
-def moments_of(features: Tensor) -> Moments:
-    """Moments of ``(N, d)`` features held in memory."""
-    features = features.double()
-    return Moments(len(features), features.mean(0), torch.cov(features.T))
+def moments_of(features: Rows) -> Moments:
+    """Moments of ``(N, d)`` features, read twice."""
+    n, d = features.shape
+    mean, outer = features[:1].double().new_zeros(d), features[:1].double().new_zeros(d, d)
+    for _, part in blocks(features):
+        mean += part.sum(0) / n
+    for _, part in blocks(features):
+        outer.addmm_((part - mean).T, part - mean)
+    return Moments(n, mean, outer / (n - 1))
 
 
 class Reference:

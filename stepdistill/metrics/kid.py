@@ -8,11 +8,11 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import Value
-from .feature_sets import check_comparable
+from .feature_sets import Rows, check_comparable
 from .mmd import MMD, mmd
 
 
-def kid(generated: Tensor, reference: Tensor, *, block: int = 1024) -> Value:
+def kid(generated: Rows, reference: Rows, *, block: int = 1024) -> Value:
     """Squared discrepancy under ``(x . y / d + 1)^3``, unbiased, over all pairs.
 
     Args:
@@ -65,6 +65,6 @@ def kid_subsets(
     return Value(sum(values) / subsets, None, len(generated), repeats=values)
 
 
-def _cubic(a: Tensor, b: Tensor, block: int) -> MMD:
+def _cubic(a: Rows, b: Rows, block: int) -> MMD:
     dimension = a.shape[-1]
     return mmd(a, b, lambda inner: (inner / dimension + 1).pow(3), block=block)

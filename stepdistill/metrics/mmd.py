@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .feature_sets import check_comparable
+from .feature_sets import Rows, check_comparable
 
 Kernel = Callable[[Tensor], Tensor]
 """Kernel values from inner products, elementwise."""
@@ -30,7 +30,7 @@ class MMD:
     """
 
 
-def mmd(a: Tensor, b: Tensor, kernel: Kernel, *, block: int) -> MMD:
+def mmd(a: Rows, b: Rows, kernel: Kernel, *, block: int) -> MMD:
     """Squared discrepancy of ``(M, d)`` and ``(N, d)`` features (Gretton et al. 2012, equations 4 and 5).
 
     Args:
@@ -55,7 +55,7 @@ def mmd(a: Tensor, b: Tensor, kernel: Kernel, *, block: int) -> MMD:
     return MMD(unbiased.item(), biased.item(), math.sqrt((pull_a.var() / m + pull_b.var() / n).item()))
 
 
-def _within(a: Tensor, kernel: Kernel, block: int) -> tuple[Tensor, Tensor]:
+def _within(a: Rows, kernel: Kernel, block: int) -> tuple[Tensor, Tensor]:
     """Sums over each row of a set's kernel matrix, ``(N,)``, and its diagonal."""
     rows, diagonal = _zeros(a), _zeros(a)
     for i in range(0, len(a), block):
@@ -70,7 +70,7 @@ def _within(a: Tensor, kernel: Kernel, block: int) -> tuple[Tensor, Tensor]:
     return rows, diagonal
 
 
-def _between(a: Tensor, b: Tensor, kernel: Kernel, block: int) -> tuple[Tensor, Tensor]:
+def _between(a: Rows, b: Rows, kernel: Kernel, block: int) -> tuple[Tensor, Tensor]:
     """Sums over the rows ``(M,)`` and the columns ``(N,)`` of the kernel matrix of two sets."""
     rows, columns = _zeros(a), _zeros(b)
     for i in range(0, len(a), block):
@@ -82,5 +82,5 @@ def _between(a: Tensor, b: Tensor, kernel: Kernel, block: int) -> tuple[Tensor, 
     return rows, columns
 
 
-def _zeros(a: Tensor) -> Tensor:
-    return torch.zeros(len(a), dtype=torch.float64, device=a.device)
+def _zeros(a: Rows) -> Tensor:
+    return torch.zeros(len(a), dtype=torch.float64, device=a[:1].device)

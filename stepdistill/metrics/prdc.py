@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import Value
-from .feature_sets import check_comparable
-from .jackknife import GROUPS, MIN_SAMPLES, groups, jackknife
+from .feature_sets import Rows, blocks, check_comparable
+from .jackknife import GROUPS, MIN_SAMPLES, group_of, groups, jackknife
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PRDC:
     """Share of reference samples with a generated one in their ball."""
 
 
-def prdc(generated: Tensor, reference: Tensor, *, k: int, closed: bool, block: int = 256) -> PRDC:
+def prdc(generated: Rows, reference: Rows, *, k: int, closed: bool, block: int = 1024) -> PRDC:
     """The four shares; a sample's ball reaches to its ``k``-th nearest other sample of the same set.
 
     Distances are float64.  Two that differ by less than their rounding count as equal, so that copies and ties do
@@ -44,7 +44,7 @@ def prdc(generated: Tensor, reference: Tensor, *, k: int, closed: bool, block: i
         k: 3 for the precision and recall of ADM, torch-fidelity and Kynkaanniemi; 5 for Naeem's density and coverage.
         closed: whether a ball has its border, which matters for copies only: it does in ADM and torch-fidelity, not in
             Naeem's code.
-        block: rows of the distance matrix held at a time; does not change the result.
+        block: rows and columns of the distance matrix held at a time; does not change the result.
 
     Raises:
         UserError: fewer than ``MIN_SAMPLES`` or too few for ``k`` neighbours on a side, values that are not finite,
@@ -57,51 +57,74 @@ def prdc(generated: Tensor, reference: Tensor, *, k: int, closed: bool, block: i
             f"a tenth of the {fewest} samples of the smaller set left out, every sample must have k neighbours, k at "
             f"least 1; got k = {k}"
         )
-    centre = reference.double().mean(0)
-    x, y = reference.double() - centre, generated.double() - centre
-    largest = max(x.square().sum(1).max().item(), y.square().sum(1).max().item())
+    centre = torch.stack([part.sum(0) for _, part in blocks(reference)]).sum(0) / len(reference)
+    x, y = _Centred(reference, centre), _Centred(generated, centre)
+    largest = max(part.square().sum(1).max().item() for each in (x, y) for _, part in blocks(each))
     rounding = 4 * x.shape[1] * torch.finfo(torch.float64).eps * largest
     border = rounding if closed else -rounding
     return _shares(x, _reach(x, k, block) + border, y, _reach(y, k, block) + border, k, block)
+
+
+@dataclass(frozen=True, eq=False)
+class _Centred:
+    """Features less the mean of the reference, which is what their distances lose least to rounding from."""
+
+    features: Rows
+    centre: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.features.shape
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        return self.features[rows].double() - self.centre
 
 
 def _squared(a: Tensor, b: Tensor) -> Tensor:
     return a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
 
 
-def _reach(x: Tensor, k: int, block: int) -> Tensor:
+def _reach(x: _Centred, k: int, block: int) -> Tensor:
     """Squared radii ``(1 + GROUPS, N)``: among all samples, then without each group, whose members have ``-inf``."""
-    members = groups(len(x), x.device)
-    reach = x.new_full((1 + GROUPS, len(x)), -math.inf)
-    for rows in torch.arange(len(x), device=x.device).split(block):
-        squared = _squared(x[rows], x)
+    group = group_of(torch.arange(len(x), device=x.centre.device))
+    reach = x.centre.new_full((1 + GROUPS, len(x)), -math.inf)
+    for rows, a in blocks(x, block):
         # The nearest k + 1 of every group, oneself among them, hold the nearest of all and of all but one group.
-        near = [squared[:, mine].topk(min(k + 1, len(mine)), largest=False).values for mine in members]
+        near = [a[:, :0]] * GROUPS
+        for columns, b in blocks(x, block):
+            squared = _squared(a, b)
+            for g in range(GROUPS):
+                found = torch.cat([near[g], squared[:, group[columns] == g]], 1)
+                near[g] = found.topk(min(k + 1, found.shape[1]), largest=False).values
         reach[0, rows] = torch.cat(near, 1).kthvalue(k + 1).values
         for g in range(GROUPS):
             reach[1 + g, rows] = torch.cat(near[:g] + near[g + 1 :], 1).kthvalue(k + 1).values
-    for g, mine in enumerate(members):
-        reach[1 + g, mine] = -math.inf
+    for g in range(GROUPS):
+        reach[1 + g, group == g] = -math.inf
     return reach
 
 
-def _shares(x: Tensor, reach_x: Tensor, y: Tensor, reach_y: Tensor, k: int, block: int) -> PRDC:
+def _shares(x: _Centred, reach_x: Tensor, y: _Centred, reach_y: Tensor, k: int, block: int) -> PRDC:
     """The shares of generated ``y`` and reference ``x``, and again without each group of either."""
-    of_x, of_y = groups(len(x), x.device), groups(len(y), y.device)
-    balls = torch.zeros(reach_x.shape[0], len(y), dtype=torch.int64, device=x.device)
+    of_x, of_y = (groups(len(each), each.centre.device) for each in (x, y))
+    group = group_of(torch.arange(len(y), device=y.centre.device))
+    balls = torch.zeros(1 + GROUPS, len(y), dtype=torch.int64, device=group.device)
     covered = torch.zeros_like(reach_x, dtype=torch.bool)
     recalled = torch.zeros_like(covered)
-    nearest = x.new_zeros(GROUPS, len(x))
-    for rows in torch.arange(len(x), device=x.device).split(block):
-        squared = _squared(x[rows], y)
-        for version in range(1 + GROUPS):
-            inside = squared <= reach_x[version, rows, None]
-            balls[version] += inside.sum(0)
-            covered[version, rows] = inside.any(1)
-            recalled[version, rows] = (squared <= reach_y[version]).any(1)
-        for g, mine in enumerate(of_y):
-            nearest[g, rows] = squared[:, mine].amin(1)
-    left = torch.stack([torch.cat([nearest[:g], nearest[g + 1 :]]).amin(0) for g in range(GROUPS)])
+    nearest = x.centre.new_full((len(x), GROUPS), math.inf)
+    for rows, a in blocks(x, block):
+        for columns, b in blocks(y, block):
+            squared = _squared(a, b)
+            for version in range(1 + GROUPS):
+                inside = squared <= reach_x[version, rows, None]
+                balls[version, columns] += inside.sum(0)
+                covered[version, rows] |= inside.any(1)
+                recalled[version, rows] |= (squared <= reach_y[version, columns]).any(1)
+            nearest[rows].scatter_reduce_(1, group[columns].expand(len(a), -1), squared, "amin")
+    left = torch.stack([torch.cat([nearest[:, :g], nearest[:, g + 1 :]], 1).amin(1) for g in range(GROUPS)])
     balls, covered, recalled = balls.double(), covered.double(), recalled.double()
 
     def value(samples: Tensor, without_x: Tensor, without_y: Tensor) -> Value:

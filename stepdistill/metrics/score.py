@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError
 from .base import Value
 from .cmmd import cmmd
 from .collecting import Collected
+from .feature_sets import Rows
 from .forms import Statistics
 from .frechet import Reference, frechet_distance
 from .inception_score import inception_score_splits
@@ -20,7 +20,7 @@ from .prdc import prdc
 from .protocols import FRECHET, SINGLE, Protocol
 from .vendi import per_prompt_diversity, vendi
 
-_PAIRS: dict[str, Callable[[Tensor, Tensor], Value]] = {"kid": kid, "kid-subsets": kid_subsets, "cmmd": cmmd}
+_PAIRS: dict[str, Callable[[Rows, Rows], Value]] = {"kid": kid, "kid-subsets": kid_subsets, "cmmd": cmmd}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class References:
     """What each metric compares with; made once for any number of measurements."""
 
     moments: Mapping[str, Reference]
-    features: Mapping[str, Tensor]
+    features: Mapping[str, Rows]
 
     def count(self, metric: str) -> int | None:
         """Images behind what ``metric`` compares with; ``None`` where none are, or their number is not known."""
@@ -69,7 +69,7 @@ def values(
     found: dict[str, Value] = {}
     for metric in metrics:
         if metric == "clip":
-            scores = generated[metric].features().features[:, 0].double()
+            scores = _features(generated[metric], metric)[:][:, 0].double()
             se = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else None
             found[metric] = Value(scores.mean().item(), se, len(scores))
         elif metric in FRECHET:
@@ -78,34 +78,32 @@ def values(
         elif metric in SINGLE:
             found[metric] = _single(metric, generated[metric], protocol, prompts)
         else:
-            found |= _compared(metric, generated[metric].features().features, reference.features[metric], protocol)
+            found |= _compared(metric, _features(generated[metric], metric), reference.features[metric], protocol)
     return found
 
 
-def _features(found: Collected | Statistics, metric: str) -> Tensor:
-    if not isinstance(found, Statistics):
-        return found.features().features
+def _features(found: Collected | Statistics, metric: str) -> Rows:
     if found.features is None:
         raise UserError(f"{metric} compares single images, and these statistics hold none; give the reference images")
     return found.features
 
 
 def _single(metric: str, generated: Collected, protocol: Protocol, prompts: Sequence[str]) -> Value:
-    found = generated.features()
     if metric == "vendi":
-        return vendi(found.features)
+        return vendi(_features(generated, metric))
     if metric == "diversity":
+        assert generated.features is not None
         numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        kept = sorted(k for ids, _ in generated.kept for k in ids)  # Broken images are left out.
-        return per_prompt_diversity(found.features, torch.tensor([numbers[prompts[k]] for k in kept]))
-    assert found.logits is not None
-    assert found.marks is not None
+        kept = generated.features.ids  # Broken images are left out.
+        return per_prompt_diversity(generated.features, torch.tensor([numbers[prompts[k]] for k in kept]))
+    assert generated.logits is not None
+    assert generated.marks is not None
     # Images may come in the order of their classes, or in any: their content alone says of which part they are.
-    order = found.marks.argsort()
-    return inception_score_splits(found.logits[order].tensor_split(protocol.is_splits))
+    order = generated.marks[:][:, 0].argsort()
+    return inception_score_splits(generated.logits[:][order].tensor_split(protocol.is_splits))
 
 
-def _compared(metric: str, generated: Tensor, reference: Tensor, protocol: Protocol) -> dict[str, Value]:
+def _compared(metric: str, generated: Rows, reference: Rows, protocol: Protocol) -> dict[str, Value]:
     if metric == "prdc":
         four = prdc(generated, reference, k=protocol.neighbours, closed=protocol.neighbours == 3)
         named = {"precision": four.precision, "recall": four.recall}

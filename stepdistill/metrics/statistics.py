@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
+import zipfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ..errors import UserError, first_line
+from .feature_sets import BLOCK, Rows
 from .forms import KINDS, Statistics, content_of, statistics_in
 from .pickled import pickled
 from .protocols import Protocol
@@ -81,17 +83,28 @@ def write_statistics(
     path = Path(path)
     _known(kind)
     if path.suffix == ".npz":
-        data = _npz(statistics, kind, _told(statistics, kind, protocol, weights))
+        told = _told(statistics, kind, protocol, weights)
+        _write_whole(path, lambda file: _npz(file, statistics, kind, told))
     elif path.suffix == ".pkl" and not (protocol or weights):
         data = _edm2(statistics, kind)
+        _write_whole(path, lambda file: file.write(data))
     elif path.suffix == ".pkl":
         raise UserError(f"EDM2's file keeps neither a protocol nor weights; write .npz, got {path}")
     else:
         raise UserError(f"statistics are written as .npz or .pkl (EDM2), got {path}")
+
+
+def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a file that is then at ``path``, whole; a failure leaves the old one, if any.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         try:
-            temporary.write_bytes(data)
+            with temporary.open("w+b") as file:
+                write(file)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -151,7 +164,7 @@ def _check_way(statistics: Statistics, sees: str | None) -> None:
         raise UserError(f"statistics of {' and '.join(ways)}, expected {sees}; make them anew with `ref`")
 
 
-def _npz(statistics: Statistics, kind: str, meta: dict[str, Any]) -> bytes:
+def _npz(file: IO[bytes], statistics: Statistics, kind: str, meta: dict[str, Any]) -> None:
     mean, covariance = ("mu_s", "sigma_s") if kind == "sfid" else ("mu", "sigma")
     arrays: dict[str, Any] = {
         mean: statistics.mean.cpu().numpy(),
@@ -161,11 +174,19 @@ def _npz(statistics: Statistics, kind: str, meta: dict[str, Any]) -> bytes:
     }
     if statistics.n is not None:
         arrays["n"] = np.array(statistics.n)
+    np.savez(file, **arrays)
     if statistics.features is not None:
-        arrays["feats"] = statistics.features.cpu().numpy()
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
+        _append_features(file, statistics.features)
+
+
+def _append_features(file: IO[bytes], features: Rows) -> None:
+    """Add ``feats`` to the ``.npz`` in ``file``, some rows at a time."""
+    dtype = features[:1].cpu().numpy().dtype
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(features.shape)}
+    with zipfile.ZipFile(file, "a") as archive, archive.open("feats.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for start in range(0, len(features), BLOCK):
+            member.write(features[start : start + BLOCK].cpu().numpy().tobytes())
 
 
 def _edm2(statistics: Statistics, kind: str) -> bytes:
