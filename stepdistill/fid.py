@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--repeats", type=positive, help="sets of images, in place of the protocol's")
     gen.add_argument("--save-images", type=Path, metavar="DIR", help="also keep the images, as PNG")
     gen.add_argument("--trust-remote-code", action="store_true", help="run the code that a student comes with or names")
-    ref = command("ref", _ref, "write the statistics of reference images", "ref IMAGES --preset clean --out stats.npz")
+    ref = command("ref", _ref, "write what images are compared with", "ref IMAGES --preset clean --out stats.npz")
     ref.add_argument("images", metavar="IMAGES", help="the reference images")
     ref.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz, or EDM2's .pkl by `convert`")
     compare = command("compare", _compare, "difference of two runs on common seeds", "compare features_a features_b")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from .errors import UserError
 from .metrics.collecting import collect
 from .metrics.forms import Statistics
-from .metrics.protocols import FRECHET
+from .metrics.protocols import FRECHET, Protocol
 from .metrics.ranks import rank_and_world
 from .metrics.sources import open_source
 from .metrics.statistics import write_statistics
-from .scoring import Options, Run
+from .scoring import ALONE, Options, Run
 
 
 def ref(images: str, out: Path, options: Options) -> list[str]:
-    """Write the statistics of ``images``, for the protocol's Frechet distance, to ``out``, which other tools read.
+    """Write what the protocol compares with of ``images`` to ``out``: statistics that other tools read, and features.
 
     Returns:
         The names of the images that were left out, where broken ones may be.
@@ -28,13 +29,29 @@ def ref(images: str, out: Path, options: Options) -> list[str]:
     source = open_source(images)
     count = len(source) if options.count is None else min(options.count, len(source))
     run = Run(options, images, {})
-    metric = next((each for each in run.protocol.metrics if each in FRECHET), None)
-    if metric is None:
-        raise UserError(f"{run.protocol.name} has no Frechet distance, so there are no statistics to write")
-    run.change({"metrics": (metric,)})
-    network = run.networks(count)[metric]
-    moments = collect(run.reading(source), count, {metric: network}, device=run.device)[metric].sums.moments()
+    protocol, kinds = run.protocol, _kinds(run.protocol)
+    served = [each for each in protocol.metrics if each not in ALONE and protocol.network(each) in kinds.values()]
+    run.change({"metrics": tuple(served)})
+    networks = run.networks(count)
+    collected = collect(run.reading(source), count, networks, device=run.device)
+    found: dict[str, Statistics] = {}
+    for kind, network in kinds.items():
+        metric = next(each for each in served if protocol.network(each) == network)
+        moments, by = collected[metric].sums.moments(), networks[metric]
+        told = Statistics(moments.mean, moments.covariance, moments.n, 1, by.name)
+        found[kind] = replace(told, features=collected[metric].features, weights=by.weights)
     if rank_and_world()[0] == 0:
-        found = Statistics(moments.mean, moments.covariance, moments.n, 1, network.name)
-        write_statistics(out, found, kind=FRECHET[metric], protocol=run.protocol, weights=network.weights)
+        (kind, first), *others = found.items()
+        write_statistics(out, first, kind=kind, others=dict(others), protocol=run.protocol)
     return run.left_out()
+
+
+def _kinds(protocol: Protocol) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """The network of every kind of statistics: of several metrics of a kind the first; that of fid before all."""
+    ordered = sorted((each for each in protocol.metrics if each in FRECHET), key=lambda each: each != "fid")
+    if not ordered:
+        raise UserError(f"{protocol.name} has no Frechet distance, so there are no statistics to write")
+    kinds: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for metric in ordered:
+        kinds.setdefault(FRECHET[metric], protocol.network(metric))
+    return kinds

@@ -110,6 +110,12 @@ def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_
     if reference is not None:
         assert values(scored(capsys, "calc", images, reference, *told)) == pytest.approx(values(expected), rel=1e-6)
 
+    if set(preset.metrics) & set(FRECHET):
+        main(["ref", str(others), "--preset", name, "--trust", "--out", str(tmp_path / "ref.npz")])
+        capsys.readouterr()
+        again = values(scored(capsys, "calc", images, tmp_path / "ref.npz", *told))
+        assert again == {name: pytest.approx(value, rel=1e-9) for name, value in values(expected).items()}
+
     small = replace(preset, samples=COUNT, repeats=1)
     monkeypatch.setitem(PRESETS, name, small)
     pipeline, prompted = PIPELINES.get(preset.labels, "builtin:digits"), preset.labels == "prompts"

@@ -37,6 +37,8 @@ class Statistics:
     """As in ``protocols.EXTRACTORS``; most files do not say."""
     features: Rows | None = None
     """``(n, d)``, where the file holds them, which it goes on doing."""
+    weights: str | None = None
+    """sha256 of the extractor's; most files do not say."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def with_ddof(self, ddof: int) -> Statistics:
@@ -115,6 +117,8 @@ def statistics_in(content: dict[str, Any], kind: str) -> Statistics:
         return _fit(content[section], "mu", "sigma", "EDM2", n=content.get("num_images"), extractor=extractor)
     if mean in content and covariance in content:
         if {"meta", "ddof"} <= content.keys():
+            if f"{section}_mu" in content:
+                return _own_other(content, kind, f"{section}_mu", f"{section}_sigma")
             return _own(content, kind, mean, covariance)
         return _fit(content, mean, covariance, "mu and sigma")
     if "raw_mean" in content and kind != "sfid":
@@ -134,6 +138,12 @@ def _own(content: dict[str, Any], kind: str, mean: str, covariance: str) -> Stat
     fit = _fit(content, mean, covariance, "", n=int(content["n"]) if "n" in content else None)
     features = _rows("feats", content["feats"]) if "feats" in content else None
     return replace(fit, ddof=int(content["ddof"]), extractor=meta["extractor"], features=features, meta=meta)
+
+
+def _own_other(content: dict[str, Any], kind: str, mean: str, covariance: str) -> Statistics:
+    """Of this package's own file, beside those that other tools find in it."""
+    told = json.loads(content["meta"].item())["others"][kind]
+    return replace(_fit(content, mean, covariance, "", n=told["n"]), ddof=told["ddof"], extractor=told["extractor"])
 
 
 def _stylegan(content: dict[str, Any]) -> Statistics:

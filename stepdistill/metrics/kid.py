@@ -31,9 +31,7 @@ def kid(generated: Rows, reference: Rows, *, block: int = 1024) -> Value:
     return Value(result.unbiased, result.se, len(generated), debiased=result.unbiased)
 
 
-def kid_subsets(
-    generated: Tensor, reference: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 2020
-) -> Value:
+def kid_subsets(generated: Rows, reference: Rows, *, subsets: int = 100, size: int = 1000, seed: int = 2020) -> Value:
     """Mean of ``kid`` over random subsets, to compare with what other tools print; noisier than ``kid``.
 
     The defaults draw the subsets of torch-fidelity; clean-fid's, after ``numpy.random.seed(seed)``, are drawn with
@@ -61,7 +59,8 @@ def kid_subsets(
     def drawn(features: Tensor) -> Tensor:
         return features[torch.from_numpy(random.choice(len(features), size, replace=False)).to(features.device)]
 
-    values = tuple(_cubic(drawn(generated), drawn(reference), size).unbiased for _ in range(subsets))
+    whole = generated[:], reference[:]  # a subset may take any row
+    values = tuple(_cubic(drawn(whole[0]), drawn(whole[1]), size).unbiased for _ in range(subsets))
     return Value(sum(values) / subsets, None, len(generated), repeats=values)
 
 

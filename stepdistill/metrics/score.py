@@ -84,7 +84,10 @@ def values(
 
 def _features(found: Collected | Statistics, metric: str) -> Rows:
     if found.features is None:
-        raise UserError(f"{metric} compares single images, and these statistics hold none; give the reference images")
+        raise UserError(
+            f"{metric} compares single images, and these statistics hold none; give the reference images, or "
+            "write the statistics again by `ref` with the same --preset and --metrics"
+        )
     return found.features
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -65,6 +65,7 @@ def write_statistics(
     statistics: Statistics,
     *,
     kind: str = "fid",
+    others: Mapping[str, Statistics] | None = None,
     protocol: Protocol | None = None,
     weights: str | None = None,
 ) -> None:
@@ -74,6 +75,7 @@ def write_statistics(
         path: the file; its folder exists.
         statistics: what to write, with its ddof; other tools take it as 1.
         kind: what they are for.
+        others: of other kinds, which only this package reads and whose features are not kept.
         protocol: how they were made, kept as text and digest.
         weights: sha256 of the extractor's weights.
 
@@ -83,9 +85,9 @@ def write_statistics(
     path = Path(path)
     _known(kind)
     if path.suffix == ".npz":
-        told = _told(statistics, kind, protocol, weights)
-        _write_whole(path, lambda file: _npz(file, statistics, kind, told))
-    elif path.suffix == ".pkl" and not (protocol or weights):
+        told = _told(statistics, kind, protocol, weights or statistics.weights)
+        _write_whole(path, lambda file: _npz(file, statistics, kind, others or {}, told))
+    elif path.suffix == ".pkl" and not (protocol or weights or others):
         data = _edm2(statistics, kind)
         _write_whole(path, lambda file: file.write(data))
     elif path.suffix == ".pkl":
@@ -164,19 +166,32 @@ def _check_way(statistics: Statistics, sees: str | None) -> None:
         raise UserError(f"statistics of {' and '.join(ways)}, expected {sees}; make them anew with `ref`")
 
 
-def _npz(file: IO[bytes], statistics: Statistics, kind: str, meta: dict[str, Any]) -> None:
+def _npz(
+    file: IO[bytes], statistics: Statistics, kind: str, others: Mapping[str, Statistics], meta: dict[str, Any]
+) -> None:
     mean, covariance = ("mu_s", "sigma_s") if kind == "sfid" else ("mu", "sigma")
     arrays: dict[str, Any] = {
         mean: statistics.mean.cpu().numpy(),
         covariance: statistics.covariance.cpu().numpy(),
         "ddof": np.array(statistics.ddof),
-        "meta": np.array(json.dumps(meta)),
+        "meta": np.array(json.dumps(meta | ({"others": _brief(others)} if others else {}))),
     }
     if statistics.n is not None:
         arrays["n"] = np.array(statistics.n)
+    for other, found in others.items():
+        arrays[f"{KINDS[other]}_mu"] = found.mean.cpu().numpy()
+        arrays[f"{KINDS[other]}_sigma"] = found.covariance.cpu().numpy()
     np.savez(file, **arrays)
     if statistics.features is not None:
         _append_features(file, statistics.features)
+
+
+def _brief(others: Mapping[str, Statistics]) -> dict[str, Any]:
+    """What ``_fit`` does not find in the arrays."""
+    return {
+        kind: {"n": found.n, "ddof": found.ddof, "extractor": found.extractor, "weights_sha256": found.weights}
+        for kind, found in others.items()
+    }
 
 
 def _append_features(file: IO[bytes], features: Rows) -> None:
