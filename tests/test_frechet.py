@@ -167,7 +167,8 @@ def test_debiased_value_and_error_bars_cover_the_truth(per_dimension):
     debiased = torch.tensor([result.debiased for result in results], dtype=torch.float64)
     se = torch.tensor([result.se for result in results], dtype=torch.float64)
     value = torch.tensor([result.value for result in results], dtype=torch.float64)
-    assert ((debiased - truth).abs() < 3 * se).double().mean() >= 0.95
+    # Ten groups make a t of nine degrees: 92 % within two errors, 92 of 100; 4 standard deviations below is 81.
+    assert ((debiased - truth).abs() < 2 * se).sum() >= 81
     assert 0.5 < se.mean() / debiased.std() < 2
     assert (debiased.mean() - truth).abs() < 0.5 * (value.mean() - truth).abs()
 

@@ -80,6 +80,22 @@ def test_two_errors_around_the_debiased_score_cover_the_truth():
     assert bias[1].abs() < bias[0].abs()
 
 
+def test_two_errors_of_a_mean_over_parts_cover_the_score_of_such_parts():
+    share = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+
+    def parts(number):
+        labels = torch.multinomial(share, number * 40, replacement=True, generator=generator)
+        return sure(labels, 4).split(40)
+
+    expected = inception_score_splits(parts(4000)).value
+    results = [inception_score_splits(parts(10)) for _ in range(200)]
+    errors = torch.tensor([[result.value - expected, result.se] for result in results])
+    # As above: 184 of 200 expected, 169 at least; and the error is the spread, which 200 repeats know to 5 %.
+    assert (errors[:, 0].abs() < 2 * errors[:, 1]).sum() >= 169
+    assert 0.85 < errors[:, 1].square().mean().sqrt() / errors[:, 0].std() < 1.15
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match="at least 20 logits are needed, got 19"):
         inception_score(random(19, 3))
