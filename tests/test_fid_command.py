@@ -28,10 +28,10 @@ def half(tmp_path):
     return str(path)
 
 
-def run_script(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+def run_script(monkeypatch, *arguments, script=SCRIPT):
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     return stopped.value.code
 
 
@@ -83,6 +83,16 @@ def test_a_set_is_at_zero_from_itself_without_a_minus_sign(half, capsys):
 def test_the_script_is_the_command(half, monkeypatch, capsys):
     assert run_script(monkeypatch, "calc", half, "builtin:digits", "--json") == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["fid"]["n"] == 899
+
+
+def test_the_other_scripts_make_a_reference_and_sample(half, tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "ref.npz")
+    told = (half, "--preset", "digits", "--out", out)
+    assert run_script(monkeypatch, *told, script=SCRIPT.with_name("reference.py")) == 0
+    assert capsys.readouterr().out.strip() == out
+    told = ("builtin:digits", out, "--preset", "digits", "--steps", "1", "--num", "20", "--json")
+    assert run_script(monkeypatch, *told, script=SCRIPT.with_name("sample.py")) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"]["fid"]["n"] == 20
 
 
 def _folder(path, *shapes):

@@ -4,8 +4,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import open_clip.factory
@@ -206,3 +209,17 @@ def test_clip_scores_of_two_runs_compare_without_a_reference(networks, tmp_path,
         scores.append(values(scored(capsys, "calc", tmp_path / f"{k}.npz", *told, tmp_path / str(k)))["clip"])
     found = scored(capsys, "compare", tmp_path / "0", tmp_path / "1")
     assert values(found)["clip"] == pytest.approx(scores[0] - scores[1], abs=1e-7)
+
+
+def test_the_script_of_the_clip_score_is_the_command(networks, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "images.npz", pictures(COUNT, 36, 0))
+    (tmp_path / "prompts.txt").write_text("".join(f"picture {k}\n" for k in range(COUNT)))
+    told = [str(tmp_path / "images.npz"), "--prompts", str(tmp_path / "prompts.txt"), "--trust", "--json"]
+    script = Path(__file__).parents[1] / "eval" / "clip_score.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *told])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    found = json.loads(capsys.readouterr().out)
+    expected = scored(capsys, "calc", *told[:3], "--preset", "coco30k-gigagan", "--metrics", "clip")
+    assert values(found) == values(expected)
+    assert found["metrics"].keys() == {"clip"}
