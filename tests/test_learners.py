@@ -1,15 +1,17 @@
 """Memory and speed settings: they do what they say and change no value."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import UserCpuOffloadHook
 from conftest import tiny_unet
-from families import build
+from families import BUILD, build
 from safetensors.torch import load_file
 
 from stepdistill.__main__ import main
+from stepdistill.backbones import FAMILIES, unet2d
 from stepdistill.backbones.conditioned import Conditioned
 from stepdistill.bundled import bundled_configs
 from stepdistill.config import Optimizer, Training
@@ -78,29 +80,56 @@ def compare(recipe, teacher, folder, *settings):
         torch.testing.assert_close(tuned[key], plain[key], atol=max(1e-6, 2e-3 * moved), rtol=0)
 
 
-def kept(network):
-    """Bytes that the graph of one call keeps for its way back."""
+def kept(call):
+    """What ``call`` gives, and the bytes that its graph keeps for the way back beside parameters."""
     seen = {}
 
     def pack(x):
-        seen[x.data_ptr()] = x.numel() * x.element_size()
+        if not isinstance(x, torch.nn.Parameter):
+            seen[x.data_ptr()] = x.numel() * x.element_size()
         return x
 
-    own = {parameter.data_ptr() for parameter in network.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = network(torch.randn(16, 1, 8, 8), torch.full((16,), 300.0), return_dict=False)[0]
-    total = sum(size for pointer, size in seen.items() if pointer not in own)
-    output.sum().backward()
-    return total
+        output = call()
+    return output, sum(seen.values())
 
 
 def test_checkpointing_keeps_less_than_half_and_gives_the_same_gradients():
     plain, light = tiny_unet(), tiny_unet()
     tune(light, Training(gradient_checkpointing=True))
+    x = torch.randn(16, 1, 8, 8)
+    (one, much), (two, little) = (
+        kept(lambda net=net: unet2d.call(net, x, torch.full((16,), 300.0), {})) for net in (plain, light)
+    )
+    assert little < much / 2
+    one.sum().backward()
+    two.sum().backward()
+    for mine, theirs in zip(light.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_checkpointing_keeps_less_of_every_family_and_changes_no_value(name):
     torch.manual_seed(0)
-    much = kept(plain)
-    torch.manual_seed(0)
-    assert kept(light) < much / 2
+    pipeline = BUILD[name]()
+    kind = {"lcm": "StableDiffusionPipeline"}.get(name, type(pipeline).__name__)  # LCM's student, and its network
+    family = next(family for family in FAMILIES if kind in family.pipelines)
+    plain = pipeline.components[family.component]
+    light = copy.deepcopy(plain)
+    tune(light, Training(gradient_checkpointing=True))
+    cond = told(family, plain)
+    if family.embeds_guidance(plain.config):
+        cond["guidance"] = torch.full((2,), 2.0)
+    if family.classes(plain.config):
+        cond["class_labels"] = torch.tensor([1, 2])
+    channels, *_ = family.shape(plain.config)
+    x, label = torch.randn(2, channels, 8, 8), torch.tensor([0.3, 0.8])
+    (one, much), (two, little) = (kept(lambda net=net: family.call(net, x, label, cond)) for net in (plain, light))
+    assert little < 0.8 * much
+    torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5)
+    one.square().sum().backward()
+    two.square().sum().backward()
+    assert any(value.grad is not None and value.grad.any() for value in plain.parameters())
     for mine, theirs in zip(light.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
@@ -160,9 +189,10 @@ def test_a_teacher_that_waits_on_the_cpu_gives_the_same_student(recipe, teachers
     assert len(sent) == {"digits_sid": 4, "digits_boot": 2}[recipe], "after every turn"
 
 
-def told(teacher):
-    shapes = teacher.family.told(teacher.network.config)
-    return {key: torch.randn(2, *((7, shape[1]) if len(shape) == 2 else shape)) for key, shape in shapes.items()}
+def told(family, network):
+    """Something to read of full length for two samples, all of it to be looked at."""
+    shapes = family.told(network.config)
+    return {key: torch.ones(2, *shape) if "mask" in key else torch.randn(2, *shape) for key, shape in shapes.items()}
 
 
 def test_an_attention_backend_that_computes_the_same_changes_nothing(tmp_path):
@@ -178,7 +208,7 @@ def test_an_attention_backend_that_computes_the_same_changes_nothing(tmp_path):
     x, t, cond = (
         torch.randn(2, *plain.sample_shape),
         torch.tensor([0.3, 0.8]),
-        told(plain) | {"guidance": torch.ones(2)},
+        told(plain.family, plain.network) | {"guidance": torch.ones(2)},
     )
     torch.testing.assert_close(plain.denoiser(x, t, cond).x0, other.denoiser(x, t, cond).x0, atol=1e-5, rtol=1e-4)
 

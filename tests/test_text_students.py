@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
 
 from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.bundled import bundled
 from stepdistill.config import Config
 from stepdistill.distill import Run, distill
+from stepdistill.evaluation import Measurement
+from stepdistill.metrics.base import Value
 from stepdistill.recipe import parse
+from stepdistill.report import card, table
 from stepdistill.teacher import Teacher
 
 ADAPTER = "{rank: 2, alpha: 2, targets: [to_q, to_k, to_v]}"
@@ -92,6 +96,31 @@ def test_the_teacher_is_led_from_the_negative_prompt_as_far_as_the_scale_says(tm
         without = negative.taught(x, t, negative.data.cond(range(4))).eps
     torch.testing.assert_close(guided, without + 3 * (plain - without), atol=1e-5, rtol=1e-4)
     assert (guided - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("adapters", "relation"), [(False, "finetune"), (True, "adapter")])
+def test_the_card_names_the_teacher_on_the_hub_and_what_the_student_is_to_it(adapters, relation, tmp_path):
+    protocol = parse(Config, "digits_text_sid", []).evaluate.protocol  # type: ignore[union-attr]
+    rows = [
+        Measurement(label, calls, {"fid": Value(fd, 0.1, 600)}, 10.0 * calls, prompt_accuracy=share)
+        for label, calls, fd, share in (("teacher, 50 steps", 50, 2.25, 0.91), ("student", 1, 1.75, 0.87))
+    ]
+    for teacher, named in (("someone/a-pipeline", "someone/a-pipeline"), ("builtin:digits_text", None)):
+        config = short("digits_text_sid", tmp_path / "run", f"teacher={teacher}")
+        use = 'pipe = "PATH_OR_REPO"'
+        made = card(config, table(rows, protocol), use=use, steps=1, picture_name=None, adapters=adapters)
+        path = tmp_path / "README.md"
+        made.save(path)
+        data = ModelCard.load(path).data.to_dict()
+        assert data.get("base_model") == named
+        assert data.get("base_model_relation") == (named and relation)
+        assert data["pipeline_tag"] == "text-to-image"
+        assert {"stepdistill", "stepdistill-sid", "one-step"} <= set(data["tags"])
+        _, numbers = path.read_text().split("## Numbers")
+        for row in rows:
+            (line,) = (line for line in numbers.splitlines() if line.startswith(row.label))
+            assert f"{row.metrics['fid'].value:.3f} +- 0.100" in line
+            assert f"{row.prompt_accuracy:.3f}" in line
 
 
 @pytest.mark.slow
