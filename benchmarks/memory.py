@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -124,12 +123,18 @@ def words_of(case: str, folder: Path) -> list[str]:
 
 
 def measure(words: list[str]) -> int:
-    """Peak of this process above its imports, over two steps."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Peak of this process above what it holds after its imports, over two steps."""
+    before = resident("VmRSS")
     run = Run(parse(Config, "sd15_sid", words))
     for _ in range(2):
         run.trainer.step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> int:
+    """Bytes of this process, which ``resource`` would mix with those of the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 
 def measured(case: str, folder: Path) -> list[Row]:
