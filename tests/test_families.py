@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -134,7 +134,8 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     torch.manual_seed(5)
     made = pipeline(num_inference_steps=4, output_type="np", **said).images
     torch.manual_seed(5)
-    noise, scheduler = torch.randn(1, *teacher.sample_shape), pipeline.scheduler
+    noise = torch.randn(1, *teacher.sample_shape)
+    scheduler: Any = cast(Any, pipeline.scheduler)
     times = denoiser.process.time_of_label(scheduler.timesteps.double()).clamp(0, 1).tolist()
     # Stable Diffusion's DDIM ends at the first entry of its table, not at the clean sample.
     end = 0.0 if scheduler.config.get("set_alpha_to_one") is False else None
@@ -154,7 +155,7 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
 class InDiT(FlowMatchEulerDiscreteScheduler):
     """The scheduler of a SiT with what the stock DiT pipeline calls of it: times down to ``1 / steps``, no scaling."""
 
-    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, *_: Any) -> None:
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, *rest: Any, **options: Any) -> None:
         grid: Any = [1 - k / num_inference_steps for k in range(num_inference_steps)]
         super().set_timesteps(sigmas=grid, device=device)
 
