@@ -130,10 +130,8 @@ class Rehearsal:
         ]
         seconds = self.flops / (tflops * 1e12)
         batch = f"{training.batch_size} x {training.gradient_accumulation}"
-        apart = training.teacher_device
-        where = (
-            f"two devices, the teacher's {_size(self.roles['teacher'].resident)} on {apart}" if apart else "each device"
-        )
+        apart, kept = training.teacher_device, _size(self.roles["teacher"].resident)
+        where = f"two devices, the teacher's {kept} on {apart}" if apart else "each device"
         return [
             f"  {'network':<12}{'weights':>12}{'learning':>13}{'memory':>13}",
             *rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,9 @@ from .metrics.digits import DigitsExtractor
 from .metrics.extractors import Digits
 from .samplers import StudentSampler, teacher_grid
 from .teacher import Teacher
+
+_SAME_START = 1.1
+"""Ratio of ``sigma / alpha`` within which two students begin at one level: grids of a table move it to an entry."""
 
 
 def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Plan]:
@@ -157,6 +161,8 @@ def _picture_shape(teacher: Teacher) -> tuple[int, int, int]:
 def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
     """Refuse methods that cannot learn from the teacher, and stages whose students are not one network's work.
 
+    A hand-over after which the student is another function is only a warm start, which is warned of.
+
     Raises:
         UserError: naming the stage and what to set.
     """
@@ -174,12 +180,35 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
             )
     for number, (before, after) in enumerate(pairwise(samplers), 1):
         fed = [f"at t = {each.times[0]:.4g}, {each.input}" for each in (before, after)]
-        if fed[0] != fed[1]:
+        ratio = _ratio(teacher, after) / _ratio(teacher, before)
+        if before.input != after.input or not 1 / _SAME_START < ratio < _SAME_START:
             raise UserError(
                 f"stages {number} and {number + 1} do not fit: noise enters the student of "
                 f"{stages[number - 1].method.name} {fed[0]}, that of {stages[number].method.name} {fed[1]}; "
                 "give both methods the same level (init_ratio or t_max) and input"
             )
+        if lost := _lost(stages[number - 1], before, stages[number], after):
+            warnings.warn(f"stage {number} is only a warm start for stage {number + 1}: {lost}", stacklevel=2)
+
+
+def _ratio(teacher: Denoiser, sampler: StudentSampler) -> float:
+    """``sigma / alpha`` where noise enters."""
+    first = torch.tensor(sampler.times[:1], dtype=torch.float64)
+    return (teacher.process.sigma(first) / teacher.process.alpha(first)).item()
+
+
+def _lost(first: Stage, before: StudentSampler, second: Stage, after: StudentSampler) -> str | None:
+    """Why the second stage's student does not begin as the function that the first one's was."""
+    names = first.method.name, second.method.name
+    if len(before.times) > 1 and before.times != after.times and before.renoising == "ddim":
+        return f"a call of {names[0]} leads to its own next level, not to a sample as in {names[1]}"
+    if not first.method.every_level and (second.method.every_level or set(after.times) - set(before.times)):
+        return f"{names[0]} has not trained the student at all levels where {names[1]} asks it"
+    if len(after.times) > 1 and before.renoising != after.renoising:
+        return f"{names[0]} is fed {before.renoising} noise by method.renoising, {names[1]} {after.renoising}"
+    if before.clip_sample and not after.clip_sample:
+        return f"{names[0]} clips its pictures by method.clip_sample, {names[1]} sees what lies beyond"
+    return None
 
 
 @torch.no_grad()

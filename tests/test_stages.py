@@ -1,16 +1,19 @@
 """Runs that chain methods, and runs whose roles are adapters or go back to kept networks."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
+from oracles import gaussian
 from test_distill import metrics, run, same, student_weights
 
 from stepdistill.config import Config
 from stepdistill.distill import Run
-from stepdistill.process import VP
+from stepdistill.preflight import check_stages
+from stepdistill.process import VP, Flow
 from stepdistill.recipe import parse
 from stepdistill.teacher import load_teacher
 
@@ -92,6 +95,72 @@ def test_stages_that_do_not_fit_are_refused(teachers, tmp_path, capsys):
     assert "stages 1 and 2 do not fit" in error
     assert "init_ratio" in error
     assert not (tmp_path / "run").exists()
+
+
+FEW = {**SID, "steps": 4}
+BOOT = {"name": "boot", "t_max": 0.5}
+START = ratio_at(round(0.5 * 999) / 999)
+FREEFLOW = {"name": "freeflow", "init_ratio": 1.0}
+TBCM = {"name": "tbcm", "start_ratio": START, "input": "unit", "route_points": 2, "jvp": "finite"}
+TSCD = {"name": "tscd", "init_ratio": 1.0, "segments": [1], "stage_steps": [], "teacher_steps": 4}
+
+
+def checked(*methods):
+    stages = [{"method": method, "steps": 9} for method in methods]
+    config = Config.model_validate({"teacher": "nobody", "output_dir": "nowhere", "stages": stages})
+    check_stages(config.plan, gaussian(torch.zeros(1), torch.eye(1)).denoiser(Flow(), "flow"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "lost"),
+    [
+        (FREEFLOW, TSCD, "at all levels"),
+        ({**SID, "init_ratio": START}, TBCM, "at all levels"),
+        (FREEFLOW, FEW, "at all levels"),
+        ({**TSCD, "segments": [4]}, FREEFLOW, "leads to its own next level"),
+        ({**SID, "clip_sample": True}, DMD, "sees what lies beyond"),
+        ({**FEW, "renoising": "ddim"}, FEW, "is fed ddim noise by method.renoising, sid fresh"),
+    ],
+    ids=["freeflow-tscd", "sid-tbcm", "freeflow-few", "tscd4-freeflow", "clipped", "renoising"],
+)
+def test_a_hand_over_that_changes_the_student_is_called_a_warm_start(first, second, lost):
+    with pytest.warns(UserWarning, match=f"stage 1 is only a warm start for stage 2: .*{lost}"):
+        checked(first, second)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (SID, DMD),
+        (FREEFLOW, SID),
+        (TSCD, DMD),
+        (TBCM, {**FEW, "init_ratio": START}),
+        (FEW, SID),
+        (FEW, {**DMD, "steps": 4}),
+        (SID, {**DMD, "clip_sample": True}),
+    ],
+    ids=["sid-dmd", "freeflow-sid", "tscd-dmd", "tbcm-few", "few-one", "few-few", "to be clipped"],
+)
+def test_a_hand_over_of_the_same_student_is_silent(first, second):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checked(first, second)
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [FREEFLOW, SID],
+        [TSCD, DMD],
+        [{**TSCD, "segments": [2, 1], "stage_steps": [1], "score": {"name": "dmd", "fake_updates": 1}}],
+    ],
+    ids=["freeflow-sid", "tscd-dmd", "tscd with its last stage scored"],
+)
+def test_chains_of_different_families_train_and_export(methods, teachers, tmp_path):
+    stages = [{"method": method, "steps": 2} for method in methods]
+    assert run(config=recipe(tmp_path, teachers(), stages=stages)) == 0
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list(range(1, 2 * len(methods) + 1))
+    assert (tmp_path / "run/student/model_index.json").is_file()
 
 
 @pytest.mark.parametrize(

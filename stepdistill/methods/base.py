@@ -74,6 +74,8 @@ class Method(ABC):
     """Outputs a teacher may have."""
     two_times: ClassVar[bool] = False
     """The student is also told a target time."""
+    every_level: ClassVar[bool] = False
+    """The student learns at every level from the first on, not at those alone where its sampler asks it."""
     least_batch: ClassVar[int] = 1
     """Samples that a batch needs."""
 

@@ -35,7 +35,6 @@ from .sid import SiD
 from .swiftbrush import SwiftBrush
 
 _FOREIGN = ("steps", "init_ratio", "input", "renoising", "clip_sample", "matched", "adversarial")
-"""What a score distillation that joins has no say in."""
 _X, _K, _COND = "tscd_x", "tscd_k", "tscd_cond_"
 """The trajectories on the way, in ``Batch.memory``: states ``(B, ...)``, indices ``(B,)`` and conditions."""
 
@@ -45,6 +44,7 @@ class TSCD(Method):
     """Trajectory-segmented consistency distillation into a few deterministic steps, or one."""
 
     paper: ClassVar = "Ren et al. 2024, arXiv:2404.13686"
+    every_level: ClassVar = True
 
     name: Literal["tscd"] = "tscd"
     segments: tuple[int, ...] = (8, 4, 2, 1)
