@@ -9,7 +9,8 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def encode(
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(temporary, made, len(prompts), {_NULL + key: value for key, value in null.items()})
+            with closing(made):
+                write_rows(temporary, made, len(prompts), {_NULL + key: value for key, value in null.items()})
             temporary.replace(path)
         except OSError as error:
             raise UserError(f"cannot write the encoded prompts to {path}: {first_line(error)}") from None
@@ -138,18 +140,23 @@ def row_bytes(teacher: Teacher) -> int:
 @torch.no_grad()
 def _encode(
     teacher: Teacher, prompts: Sequence[str], negative: str | None, device: torch.device | str
-) -> tuple[Iterator[Cond], Cond]:
+) -> tuple[Generator[Cond, None, None], Cond]:
     """The conditions of the prompts, some rows at a time, and of the negative one."""
     family, config, size = teacher.family, teacher.network.config, teacher.picture_size
-    assert family.encode is not None
+    encode = family.encode
+    assert encode is not None
     pipeline = _text_part(teacher, family, device)
     _warn_of_long(pipeline, prompts)
     batches = [prompts[start : start + _BATCH] for start in range(0, len(prompts), _BATCH)]
-    bar = tqdm(batches, desc="encode prompts", mininterval=1, disable=len(batches) < 2)
-    made = (family.encode(pipeline, batch, config, size) for batch in bar)
+
+    def made() -> Generator[Cond, None, None]:
+        with tqdm(batches, desc="encode prompts", mininterval=1, disable=len(batches) < 2) as bar:
+            for batch in bar:
+                yield encode(pipeline, batch, config, size)
+
     if family.null is None:
-        return made, family.encode(pipeline, [negative or ""], config, size)
-    return made, family.null(pipeline, negative, config, size)
+        return made(), encode(pipeline, [negative or ""], config, size)
+    return made(), family.null(pipeline, negative, config, size)
 
 
 def _warn_of_long(pipeline: Any, prompts: Sequence[str]) -> None:  # noqa: ANN401

@@ -268,7 +268,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(teachers, tmp_path):
 def test_two_processes_train_one_model(teachers, tmp_path):
     """A real two-process run: one student, both ranks' noise in it, and the same laws as one process."""
     folder = tmp_path / "two"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["training/distill.py", "--config", "digits_sid", *FAST, f"teacher={teachers()}", f"output_dir={folder}"]
     command += ["steps=3", "training.checkpoint_every=2", "training.ema_halflife_images=null"]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -313,7 +313,7 @@ def test_two_processes_on_halves_of_a_batch_equal_one_process_on_the_batch(tmp_p
     script = tmp_path / "gradient.py"
     script.write_text(GRADIENT)
     arguments = [str(script), str(ROOT / "tests"), str(tmp_path / "weights")]
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29578"]):
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]):
         subprocess.run([sys.executable, *launcher, *arguments], env=environment(), check=True, timeout=300)
     one, *two = (torch.load(tmp_path / f"weights_{n}.pt", weights_only=True) for n in ("1_0", "2_0", "2_1"))
     assert torch.equal(*two), "the two processes hold the same weights"

@@ -128,7 +128,7 @@ def test_of_several_stages_all_are_measured_and_the_best_is_the_last_ones(teache
 
 def test_two_processes_measure_what_one_does(teachers, tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29579"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     section = {**DIGITS, "metrics": ["fid", "kid"], "samples": 41, "curve_samples": 41, "every_images": 8}
     command += ["training/distill.py", "--config", "digits_sid", *TINY, f"teacher={teachers()}", "steps=2"]
     command += [f"output_dir={folder}", f"evaluate={json.dumps({**section, 'best': 'fid'})}"]

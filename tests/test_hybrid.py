@@ -382,7 +382,8 @@ def travelled(tmp_path_factory):
 
 
 def same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    """Up to rounding in float32 of what is as large as the largest value."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * max(10, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -88,9 +88,10 @@ def test_the_order_of_images_changes_no_value(sources, tmp_path, capsys):
 def test_a_launcher_gives_two_processes_the_numbers_of_one(sources, capsys):
     told = ["calc", str(sources / "array.npz"), "builtin:digits", "--metrics", ALL, "--json"]
     expected = numbers(scored(capsys, *told[:-1]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "stepdistill", "fid"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run([*launch, *told], capture_output=True, text=True, check=True, env=alone)
+    command = [*launch, "-m", "stepdistill", "fid", *told]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, env=alone)
     record = json.loads(answer.stdout)
     assert record["world_size"] == 2
     assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == numbers(record)
