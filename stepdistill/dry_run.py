@@ -196,11 +196,12 @@ class Step:
 
     def __call__(self) -> None:
         trainer = self.trainer
-        for role, loss in self.stage.method.turns(self.stage.steps - 1):
+        for role, loss, update in self.stage.method.turns(self.stage.steps - 1):
             for _ in range(self.rounds):
                 batch = trainer.batches(trainer.training.batch_size)._replace(memory=trainer.memory)
                 loss(trainer.nets[role], batch).value.backward()
-            trainer.learners[role].zero_grad()
+            if update:
+                trainer.learners[role].zero_grad()
 
     def everything(self) -> list[Tensor]:
         """What is in memory before the step."""

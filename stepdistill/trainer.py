@@ -128,9 +128,9 @@ class Trainer:
         logs: dict[str, list[Tensor]] = {}
         rounds = self.training.gradient_accumulation
         self.method.prepare(self.progress.step, self.frozen, self.snapshots)
-        for role, loss in self.method.turns(self.progress.step):
+        for role, loss, update in self.method.turns(self.progress.step):
             for k in range(rounds):
-                with self._synchronised(role, last=k == rounds - 1):
+                with self._synchronised(role, last=update and k == rounds - 1):
                     with self.accelerator.autocast():
                         batch = self.batches(self.training.batch_size)._replace(memory=self.memory)
                         value, watched = loss(self.nets[role], batch)
@@ -138,7 +138,8 @@ class Trainer:
                 for key, scalar in watched.items():
                     logs.setdefault(f"{role}/{key}", []).append(scalar)
             self._teacher_away()
-            self._update(role)
+            if update:
+                self._update(role)
         with warnings.catch_warnings():
             # A role that has not learned yet (DisBack's student while it records) follows the schedule all the same.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")

@@ -87,7 +87,7 @@ def test_the_student_is_judged_from_the_start_it_is_given(method):
     batch = Batch(torch.randn(2, 4, dtype=torch.float64), real=torch.randn(2, 4, dtype=torch.float64))
     asked = method(adversarial=Adversarial(start=3), init_ratio=2.0)
     for step in (2, 3):
-        *_, (role, loss) = asked.turns(step)
+        *_, (role, loss, _) = asked.turns(step)
         assert role == "student"
         assert ("looks_real" in loss(nets, batch).log) == (step == 3)
 

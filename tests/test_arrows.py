@@ -22,11 +22,12 @@ ARROWS: dict[str, set[str]] = {
     "methods.base": SHARED,
     "methods._shared": SHARED,
     "methods._grid": SHARED | {"methods._shared"},
+    "methods._trigflow": SHARED | {"methods._shared"},
     "methods._adversarial": SHARED | {"methods._shared"},
     "methods._score": SHARED | {"methods.base", "methods._shared", "methods._adversarial"},
 }
 """All that these modules may import of ours; beside it torch and the standard library, as for the papers."""
-PAPER = SHARED | {"methods.base", "methods._shared", "methods._score", "methods._grid"}
+PAPER = SHARED | {"methods.base", "methods._shared", "methods._score", "methods._grid", "methods._trigflow"}
 WRAPPERS = {"methods.disback", "methods.tscd"}
 """Papers about other papers' methods, which they may import."""
 METRICS = {"metrics.frechet", "metrics.digits", "images", "evaluation", "fid"}

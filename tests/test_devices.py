@@ -41,7 +41,7 @@ def losses(kind, elsewhere=None, *, told=True):
     batches, accelerator = (lambda count: Batch(torch.randn(count, 1, 8, 8), classes)), Accelerator(cpu=True)
     training = Training(batch_size=4)
     trainer = Trainer(method, teacher, learners, training, steps=10, batches=batches, accelerator=accelerator)
-    return [loss(trainer.nets[role], batches(4)).value for role, loss in method.turns(method.least_steps)]
+    return [loss(trainer.nets[role], batches(4)).value for role, loss, _ in method.turns(method.least_steps)]
 
 
 @pytest.mark.parametrize("kind", get_args(AnyMethod), ids=lambda kind: kind.__name__)

@@ -104,7 +104,7 @@ def test_the_recorded_path_is_geometric_towards_the_student(monkeypatch):
     kept, mu = Remembered(), means["fake"].mu
     for step in range(10):
         method.prepare(step, nets, kept)
-        for role, loss in method.turns(step):
+        for role, loss, _ in method.turns(step):
             assert role == "fake"
             (slope,) = torch.autograd.grad(loss({**nets, "student": student}, Batch(z)).value, mu)
             mu.data -= 0.2 * slope

@@ -363,7 +363,7 @@ def test_gradients_reach_only_the_learner(derivative):
     nets["still"] = replace(nets["student"], network=copy.deepcopy(nets["student"].network))
     batch = Batch(torch.randn(8, 2, dtype=torch.float64))
     assert [turn.role for turn in FreeFlow(fake_updates=2).turns(0)] == ["fake", "fake", "student"]
-    for role, loss in method.turns(0):
+    for role, loss, _ in method.turns(0):
         loss(nets, batch).value.backward()
         for other in ("student", "fake", "still"):
             touched = any(p.grad is not None for p in nets[other].network.parameters())

@@ -37,7 +37,7 @@ def learn(method: Method, nets: dict[str, Denoiser], steps: int, batch: int, dim
     learners = ("student", *method.roles)
     adam = {role: torch.optim.Adam(nets[role].network.parameters(), lr=rate, betas=(0.0, 0.999)) for role in learners}
     for step in range(steps):
-        for role, loss in method.turns(step):
+        for role, loss, _ in method.turns(step):
             adam[role].param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             adam[role].zero_grad()
             loss(nets, Batch(torch.randn(batch, dim))).value.backward()

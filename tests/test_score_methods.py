@@ -266,7 +266,7 @@ def test_each_loss_reaches_only_its_learner(kind, steps):
     torch.manual_seed(0)
     method, nets, batch = kind(steps=steps), networks(), Batch(torch.randn(4, 8, dtype=torch.float64))
     for step in range(4):
-        for role, loss in method.turns(step):
+        for role, loss, _ in method.turns(step):
             loss(nets, batch).value.backward()
             arrived = {other: gradients(net) for other, net in nets.items()}
             assert len(arrived.pop(role)) == len(list(nets[role].network.parameters()))

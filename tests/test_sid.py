@@ -327,7 +327,7 @@ def test_ramp_of_the_paper_ends_at_its_t_max():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_turns_end_with_the_student_after_the_updates_of_the_fake_network(count):
-    assert [role for role, _ in SiD(fake_updates=count).turns(0)] == ["fake"] * count + ["student"]
+    assert [role for role, *_ in SiD(fake_updates=count).turns(0)] == ["fake"] * count + ["student"]
 
 
 def gradients(net: Denoiser) -> list[torch.Tensor]:
@@ -372,7 +372,7 @@ def test_two_phases_give_the_gradient_of_one_joint_backward_pass(weight):
 def test_each_loss_reaches_only_its_learner(low_memory):
     torch.manual_seed(0)
     method, nets, batch = SiD(low_memory=low_memory), networks(), Batch(torch.randn(4, 8, dtype=torch.float64))
-    for role, loss in method.turns(0):
+    for role, loss, _ in method.turns(0):
         loss(nets, batch).value.backward()
         arrived = {other: gradients(net) for other, net in nets.items()}
         assert len(arrived.pop(role)) == len(list(nets[role].network.parameters()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stepdistill.backbones import unet2d
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods import TBCM, Batch
-from stepdistill.methods.tbcm import Points, exact_change, finite_change, rotated, slope, tangent
+from stepdistill.methods._trigflow import Points, exact_change, finite_change, rotated, slope, tangent
 from stepdistill.process import VE, VP, Flow, Trig
 from stepdistill.samplers import ode_steps
 
@@ -43,7 +43,7 @@ def states(teacher: Denoiser, count: int = 12) -> Points:
     """States between ``theta`` 0.12 and 1.45, which every process of the tests reaches, with the teacher's slope."""
     torch.manual_seed(0)
     x, t = torch.randn(count, 2, dtype=torch.float64), torch.linspace(0.08, 0.92, count, dtype=torch.float64)
-    return Points(x, t, slope(teacher.under(VIEW)(x, t)), {})
+    return Points(x, t, slope(teacher.under(VIEW)(x, t)), torch.zeros(len(x), dtype=torch.long), {})
 
 
 def angles(points: Points) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,9 @@ def test_the_difference_is_one_sided_at_the_ends_of_what_the_network_knows(proce
     ends = VIEW.time_at_log_snr(process.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64)))
     inside = ends + torch.tensor([1e-9, -1e-9])
     x = torch.randn(2, 2, dtype=torch.float64)
-    points = Points(x, inside, slope(LAW.denoiser(process).under(VIEW)(x, inside)), {})
+    points = Points(
+        x, inside, slope(LAW.denoiser(process).under(VIEW)(x, inside)), torch.zeros(len(x), dtype=torch.long), {}
+    )
     student = Denoiser(Smooth(), process, "v", call).under(VIEW)
     torch.testing.assert_close(
         finite_change(student, points, 1e-4), exact_change(student, points), rtol=2e-3, atol=1e-4
@@ -271,6 +273,47 @@ def test_loss_and_gradient_are_the_papers_equations_written_plainly(norm, jvp):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 3, 9])
+@pytest.mark.parametrize("trained", [4, 6])
+def test_points_in_parts_give_the_gradient_of_all_at_once_and_one_update(at_once, trained):
+    """Over two micro-batches with trajectories of their own, as gradient accumulation asks for them."""
+    nets = {role: Denoiser(Smooth(), Flow(), "flow", call) for role in ("teacher", "student", "still")}
+    network, gradients = nets["student"].network, []
+    method = TBCM(route_points=7, trained_points=trained, jvp="finite")
+    for asked in (method, replace(method, points_at_once=at_once)):
+        torch.manual_seed(3)
+        turns = list(asked.turns(5000))
+        for turn in turns:
+            for _ in range(2):
+                turn.loss(nets, Batch(torch.randn(4, 2, dtype=torch.float64))).value.backward()
+        assert [turn.update for turn in turns] == [False] * (len(turns) - 1) + [True]
+        gradients.append([parameter.grad for parameter in network.parameters()])
+        network.zero_grad()
+    assert len(turns) == -(-trained // at_once)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_learned_variance_divides_every_interval_by_its_mean_loss():
+    nets = {role: Denoiser(Smooth(), Flow(), "flow", call) for role in ("student", "still")}
+    nets["teacher"] = LAW.denoiser(Flow(), "flow")
+    memory: dict[str, Tensor] = {}
+    method = TBCM(route_points=5, trained_points=3, jvp="finite", tangent_constant=0.3)
+    learned = replace(method, log_variance_rate=0.05)
+    torch.manual_seed(0)
+    noise = torch.randn(256, 2, dtype=torch.float64)
+    weighted = [learned.student_loss(nets, Batch(noise, memory=memory), ramp=0.5).value.item() for _ in range(500)]
+    assert sum(weighted[-100:]) / 100 == pytest.approx(1.0, abs=0.1), "at the optimum"
+    (found,) = memory.values()
+    means = torch.zeros(4, dtype=torch.float64)
+    for _ in range(200):
+        points = method.trajectory(nets["teacher"], noise, {})
+        for k, interval in enumerate(points.interval[::256].tolist()):
+            part = points.part(slice(256 * k, 256 * k + 256))
+            means[interval] += method.loss_at(part, nets, {}, 0.5).value.item() / 150
+    torch.testing.assert_close(found.exp(), means, rtol=0.15, atol=0)
+    assert means.max() > 1.5 * means.min(), "there is something to learn"
+
+
 def test_ramp_rises_once_and_may_fall_later():
     def ramps(method: TBCM, *steps: int) -> list[float]:
         return [next(method.turns(step)).loss.keywords["ramp"] for step in steps]  # type: ignore[attr-defined]
@@ -321,7 +364,7 @@ def test_both_derivatives_pass_the_attention_of_a_stock_network(checkpointing):
     student = Denoiser(unet, Flow(), "flow", unet2d.call)
     x, t = torch.randn(4, 1, 4, 4), torch.linspace(0.2, 0.9, 4, dtype=torch.float64)
     with torch.no_grad():
-        points = Points(x, t, slope(student.under(VIEW)(x, t)), {})
+        points = Points(x, t, slope(student.under(VIEW)(x, t)), torch.zeros(len(x), dtype=torch.long), {})
         exact = exact_change(student.under(VIEW), points)
         finite = finite_change(student.under(VIEW), points, 2e-4)
     assert exact.dtype == torch.float32
@@ -371,6 +414,8 @@ def test_check_names_what_a_teacher_lacks():
         {"calm_down": (10, 0, 0.5)},
         {"calm_down": (10, 5, 1.5)},
         {"finite_step": 0.0},
+        {"points_at_once": 0},
+        {"log_variance_rate": -1.0},
     ],
 )
 def test_impossible_hyper_parameters_are_refused(values):

@@ -46,6 +46,8 @@ class Turn(NamedTuple):
 
     role: str
     loss: Callable[[Nets, Batch], Loss]
+    update: bool = True
+    """The optimizer steps; otherwise the gradient waits for the role's next turn, whose loss it adds to."""
 
 
 class Snapshots(Protocol):

@@ -81,7 +81,7 @@ class DisBack(Method):
             snapshots.put(_name(self.target(step)), nets["target"])
 
     def turns(self, step: int) -> Iterator[Turn]:
-        for role, loss in self.method.turns(step):
+        for role, loss, _ in self.method.turns(step):
             if role == "fake":
                 yield Turn(role, loss)
             elif step >= self.record_steps:

@@ -9,84 +9,31 @@ angle ``theta``, where ``dx/dtheta = sigma_d F`` and ``f = cos x - sin sigma_d F
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..conditions import Cond, concatenate
-from ..denoiser import Denoiser, Prediction, without_autocast
+from ..denoiser import Denoiser, without_autocast
 from ..process import InputScale, NoiseProcess, Trig, broadcast
 from ..samplers import StudentSampler
-from ._shared import few_step_times, forward_mode, pixel_mean, pixel_sum
+from ._shared import few_step_times, pixel_mean, pixel_sum
+from ._trigflow import Points, exact_change, finite_change, rotated, slope, tangent
 from .base import Batch, Loss, Method, Nets, Turn
 
-
-class Points(NamedTuple):
-    """``P`` states of each of ``B`` teacher trajectories, ``P B`` rows, under TrigFlow at ``theta = pi t / 2``."""
-
-    x: Tensor
-    t: Tensor
-    slope: Tensor
-    """The teacher's ``dx/dtheta``."""
-    cond: Cond
-
-
-def slope(prediction: Prediction) -> Tensor:
-    """``dx/dtheta = sigma_d F`` of a prediction under TrigFlow, ``(B, ...)``."""
-    return prediction.velocity / (math.pi / 2)
-
-
-def rotated(x: Tensor, dx: Tensor, angle: Tensor) -> Tensor:
-    """The state ``angle (B,)`` further along the ODE for constant ``x0`` and ``eps``: a DDIM step in TrigFlow."""
-    return broadcast(angle.cos(), x) * x + broadcast(angle.sin(), x) * dx
-
-
-def pace(t: Tensor) -> Tensor:
-    """``sin(theta) cos(theta) = dtheta/dlambda`` for ``lambda = ln(sigma / alpha)``, ``(B,)``."""
-    return torch.sin(math.pi * t) / 2
-
-
-def exact_change(student: Denoiser, points: Points) -> Tensor:
-    """``d(sigma_d F)/dlambda`` of the student along the teacher's ODE, bounded at both ends; ``(P B, ...)``."""
-    speed = pace(points.t)
-    along = (broadcast(speed, points.x) * points.slope, speed / (math.pi / 2))
-    return forward_mode(lambda x, t: slope(student(x, t, points.cond)), (points.x, points.t), along)
-
-
-def finite_change(student: Denoiser, points: Points, step: float) -> Tensor:
-    """The same by a central difference of ``step`` in ``lambda``, within the levels that the network knows."""
-    ends = student.process.time_at_log_snr(student.native.log_snr(points.t.new_tensor([0.0, 1.0])))
-    reach = step * pace(points.t) / (math.pi / 2)
-    before, after = (points.t - reach).clamp(min=ends[0]), (points.t + reach).clamp(max=ends[1])
-
-    def at(t: Tensor) -> Tensor:
-        return slope(student(rotated(points.x, points.slope, (t - points.t) * math.pi / 2), t, points.cond))
-
-    rate = pace(points.t) / ((after - before) * math.pi / 2)
-    return broadcast(rate, points.x) * (at(after) - at(before))
-
-
-def tangent(found: Tensor, change: Tensor, points: Points, ramp: float) -> Tensor:
-    """``g = -cos^2 (sigma_d F - dx/dtheta) - r [sin cos x + d(sigma_d F)/dlambda]`` for the student's ``sigma_d F``.
-
-    At ``r = 1`` it is ``cos(theta) df/dtheta`` along the teacher's ODE; at 0 the student learns the teacher's velocity.
-    """
-    cos = broadcast(torch.cos(points.t * math.pi / 2), found)
-    return -cos.square() * (found - points.slope) - ramp * (broadcast(pace(points.t), found) * points.x + change)
+_LOG_VARIANCE = "tbcm_log_variance"
+"""In ``Batch.memory``: ``l`` of every interval of the route, ``(R - 1,)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TBCM(Method):
-    """Continuous-time consistency on the teacher's own trajectories, for one step or a few.
-
-    The learned log-variance is left out: its optimum divides the loss at a time by the mean there, which cancels every
-    weight that depends on time, and normalised tangents make that mean nearly constant (within 1.6 times on digits).
-    """
+    """Continuous-time consistency on the teacher's own trajectories, for one step or a few."""
 
     paper: ClassVar = "2025, arXiv:2511.20410"
     targets: ClassVar = ("eps", "v", "flow", "edm")
@@ -107,6 +54,11 @@ class TBCM(Method):
     """At most so many of them, drawn at random, are trained on in a step; the first never is."""
     sigma_data: float = 0.5
     """``sigma_d`` of TrigFlow, the standard deviation of the data."""
+    points_at_once: int | None = None
+    """Points whose activations are kept at a time, their gradients summed before the update; null is all of them."""
+    log_variance_rate: float = 0.0
+    """Step size of the learned ``l`` in ``e^-l loss + l``, a number for each interval of the route.  0 leaves it out:
+    normalised tangents make the losses that it divides by alike already (within 1.6 times on digits)."""
     tangent_norm: Literal["l2", "rms"] = "l2"
     """Over all pixels (the paper), or their root mean square, where ``tangent_constant`` acts sqrt(pixels) stronger."""
     tangent_constant: float = 0.1
@@ -124,8 +76,9 @@ class TBCM(Method):
         for name in ("start_ratio", "t_min", "sigma_data", "tangent_constant", "finite_step"):
             if not vars(self)[name] > 0:
                 raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
-        for name, least in (("steps", 1), ("route_points", 2), ("trained_points", 1), ("warmup_steps", 0)):
-            if vars(self)[name] < least:
+        counts = {"steps": 1, "route_points": 2, "trained_points": 1, "points_at_once": 1, "warmup_steps": 0}
+        for name, least in {**counts, "log_variance_rate": 0}.items():
+            if vars(self)[name] is not None and vars(self)[name] < least:
                 raise ValueError(f"{name} must be at least {least}, got {vars(self)[name]}")
         if self.calm_down and not (self.calm_down[1] > 0 and 0 <= self.calm_down[2] <= 1):
             raise ValueError(f"calm_down needs steps > 0 and an end in [0, 1], got {self.calm_down}")
@@ -149,7 +102,12 @@ class TBCM(Method):
         return "method.jvp=finite" if self.jvp == "exact" else None
 
     def turns(self, step: int) -> Iterator[Turn]:
-        yield Turn("student", partial(self.student_loss, ramp=self.ramp(step)))
+        count, kept = min(self.trained_points, self.route_points - 1), deque[Points]()
+        size = self.points_at_once or count
+        for first in range(0, count, size):
+            part = slice(first, min(first + size, count))
+            loss = partial(self.part_loss, ramp=self.ramp(step), part=part, kept=kept)
+            yield Turn("student", loss, update=part.stop == count)
 
     def ramp(self, step: int) -> float:
         """``r = min(1, step / warmup_steps)``, later times the calm-down."""
@@ -161,17 +119,40 @@ class TBCM(Method):
         return StudentSampler(few_step_times(process, self.start_ratio, self.steps), self.input)
 
     def student_loss(self, nets: Nets, batch: Batch, ramp: float = 1.0) -> Loss:
-        """``|F - sg(F) - sg(g / (|g| + c))|^2``, whose gradient moves ``sigma_d F`` along ``g``."""
+        """The mean of ``loss_at`` over trajectories and their points."""
+        return self.loss_at(self.trajectory(nets["teacher"], batch.noise, batch.cond), nets, batch.memory, ramp)
+
+    def part_loss(self, nets: Nets, batch: Batch, *, ramp: float, part: slice, kept: deque[Points]) -> Loss:
+        """The share of the points ``part`` in ``student_loss``; each micro-batch's are ``kept`` for the later parts."""
+        points = kept.popleft() if part.start else self.trajectory(nets["teacher"], batch.noise, batch.cond)
+        kept.append(points)
+        size = len(batch.noise)
+        some = points.part(slice(part.start * size, part.stop * size))
+        loss = self.loss_at(some, nets, batch.memory, ramp)
+        return Loss(loss.value * (len(some.x) / len(points.x)), loss.log)
+
+    def loss_at(self, points: Points, nets: Nets, memory: dict[str, Tensor], ramp: float) -> Loss:
+        """``e^-l |F - sg(F) - sg(g / (|g| + c))|^2``, whose gradient moves ``sigma_d F`` along ``g``."""
         view, total = Trig(noise_std=self.sigma_data), pixel_sum if self.tangent_norm == "l2" else pixel_mean
-        points = self.trajectory(nets["teacher"], batch.noise, batch.cond)
         derivative = exact_change if self.jvp == "exact" else partial(finite_change, step=self.finite_step)
         with torch.no_grad(), without_autocast(points.x):
             change = derivative(nets["still"].under(view), points)
         found = slope(nets["student"].under(view)(points.x, points.t, points.cond))
         g = tangent(found.detach(), change, points, ramp)
         size = total(g.square()).sqrt()
-        loss = total((found - found.detach() - g / broadcast(size + self.tangent_constant, g)).square()).mean()
+        each = total((found - found.detach() - g / broadcast(size + self.tangent_constant, g)).square())
+        if self.log_variance_rate:
+            each = each / self.variance(each.detach(), points.interval, memory)
+        loss = each.mean()
         return Loss(loss, {"loss": loss.detach(), "tangent": size.mean()})
+
+    def variance(self, losses: Tensor, interval: Tensor, memory: dict[str, Tensor]) -> Tensor:
+        """``e^l`` of every loss ``(N,)``, after a step of ``l`` down the gradient of ``e^-l loss + l``."""
+        before = memory.setdefault(_LOG_VARIANCE, losses.new_zeros(self.route_points - 1))
+        rows = torch.zeros_like(before).index_add(0, interval, torch.ones_like(losses)).clamp(min=1)
+        slopes = (1 - losses / before[interval].exp()) / rows[interval]
+        memory[_LOG_VARIANCE] = before.index_add(0, interval, slopes, alpha=-self.log_variance_rate)
+        return memory[_LOG_VARIANCE][interval].exp()
 
     def route(self, process: NoiseProcess, device: torch.device | None = None) -> Tensor:
         """``(R,)`` decreasing times of the teacher before the jitter, float64."""
@@ -194,4 +175,5 @@ class TBCM(Method):
             x = rotated(x, dx, (then - now) * math.pi / 2)
         chosen = sorted(torch.randperm(len(route) - 1)[: self.trained_points].tolist())
         x, t, dx = (torch.cat(part) for part in zip(*(visited[k + 1] for k in chosen), strict=True))
-        return Points(x, t, dx, concatenate(*[cond] * len(chosen)))
+        interval = torch.tensor(chosen, device=x.device).repeat_interleave(len(noise))
+        return Points(x, t, dx, interval, concatenate(*[cond] * len(chosen)))
