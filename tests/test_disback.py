@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from conftest import tiny_unet
 from oracles import PROCESSES, call, cubature, gaussian
 from safetensors.torch import load_file
-from test_learning import FLOW, MLP, distilled_onto, ring, sliced_w1
+from test_learning import FLOW, MLP
 from test_score_methods import LABELLED, constants
 from test_sid import at
 from test_trainer import weights
@@ -376,31 +376,3 @@ def test_an_infinite_ratio_survives_the_dump(method, tmp_path):
     assert "init_ratio: .inf" in text
     (tmp_path / "again.yaml").write_text(text)
     assert parse(Config, str(tmp_path / "again.yaml"), []) == config
-
-
-# Learning
-
-
-@pytest.mark.slow
-def test_dmd_led_back_along_a_path_gives_every_mode(tmp_path):
-    """The whole job in the trainer: 60 steps of recording, 4 targets of 30 steps, then the teacher."""
-    torch.manual_seed(0)
-    law, accelerator = ring(), Accelerator(cpu=True)
-    teacher = distilled_onto(law, FLOW, 700)
-    method = DisBack(record_steps=60, points=5, switch_every=30, method=DMD(fake_updates=2))
-    trainer = Trainer(
-        method,
-        teacher,
-        {role: copy.deepcopy(teacher.network) for role in ("student", "fake")},
-        Training(batch_size=256, optimizer=Optimizer(lr=1e-3), lr_schedule="cosine", ema_halflife_images=None),
-        steps=500,
-        batches=lambda count: Batch(torch.randn(count, 2)),
-        accelerator=accelerator,
-        snapshots=OnDisk(tmp_path, accelerator),
-    )
-    assert list(trainer.run(500))[-1] == 500
-    with torch.no_grad():
-        found = method.sampler(FLOW)(trainer.frozen["student"], torch.randn(4096, 2))
-    assert sliced_w1(found, law.sample(4096)) <= 0.12
-    share = torch.cdist(found, law.means).argmin(1).bincount(minlength=8) / len(found)
-    assert share.min() > 0.05

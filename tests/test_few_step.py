@@ -1,6 +1,5 @@
 """Students of several calls: their levels, the law of every call, and their export to plain diffusers."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from oracles import PROCESSES, TARGETS, call, cubature, gaussian
 from test_export import LINEAR, SCALED, SHAPE, student
-from test_learning import FLOW, distilled_onto, learn, ring, sliced_w1
 from test_score_methods import Gains
 from test_sid import COV, GAIN, MEAN, SHIFT, gradients
 from torch import nn
@@ -388,23 +386,3 @@ def test_plain_diffusers_without_stepdistill_gives_the_samplers_images(tmp_path)
             expected = sampler(denoiser, noise(), renoise=noise) / 2 + 0.5
         torch.testing.assert_close(images, expected.clamp(0, 1), atol=2e-5, rtol=0)
         assert images.std() > 0.05, "the comparison must not be between constants"
-
-
-# Learning
-
-
-@pytest.mark.slow
-def test_sid_turns_a_network_into_a_generator_each_of_whose_calls_has_every_mode():
-    """Each call, not only the last, must be 0.12 or less from the ring; two sets of samples are 0.03 apart."""
-    torch.manual_seed(0)
-    law = ring()
-    teacher, method = distilled_onto(law, FLOW, 700), SiD(steps=2, low_memory=False)
-    nets = {role: replace(teacher, network=copy.deepcopy(teacher.network)) for role in ("student", *method.roles)}
-    learn(method, {**nets, "teacher": teacher}, 600, 256, 2, 1e-3)
-    with torch.no_grad():
-        made = list(method.sampler(FLOW).trace(nets["student"], torch.randn(4096, 2)))
-    assert len(made) == 2
-    for prediction in made:
-        assert sliced_w1(prediction.x0, law.sample(4096)) <= 0.12
-        share = torch.cdist(prediction.x0, law.means).argmin(1).bincount(minlength=8) / 4096
-        assert share.min() > 0.05

@@ -1,18 +1,22 @@
-"""Small students learn: BOOT the map of a one-dimensional mixture, SiD the law of a two-dimensional one."""
+"""Small students learn: BOOT the map of a one-dimensional mixture, every method the law of a two-dimensional one."""
 
 import copy
 import math
-from dataclasses import replace
 from itertools import pairwise
+from typing import Any, NamedTuple, cast, get_args
 
 import pytest
 import torch
+from accelerate import Accelerator
 from oracles import Mixture, call, monotone_map
 from torch import Tensor, nn
 
+from stepdistill.config import Optimizer, Training
 from stepdistill.denoiser import Denoiser
-from stepdistill.methods import BOOT, Batch, Method, SiD
+from stepdistill.methods import BOOT, TBCM, TSCD, AnyMethod, Batch, DisBack, FreeFlow, Method, SiD
+from stepdistill.methods._score import ScoreDistillation
 from stepdistill.process import Flow, NoiseProcess
+from stepdistill.trainer import Trainer
 
 FLOW = Flow(label_scale=1.0)
 
@@ -93,20 +97,75 @@ def distilled_onto(law: Mixture, process: NoiseProcess, steps: int) -> Denoiser:
     return teacher
 
 
-@pytest.mark.slow
-def test_sid_turns_a_network_into_a_one_step_generator_of_every_mode():
-    """Two sets of 4,096 exact samples are 0.03 apart; the teacher's own one step is 0.9 away."""
-    torch.manual_seed(0)
-    law = ring()
-    teacher, method = distilled_onto(law, FLOW, 700), SiD(low_memory=False)
-    nets = {"teacher": teacher}
-    for role in ("student", *method.roles):
-        nets[role] = replace(teacher, network=copy.deepcopy(teacher.network))
-    learn(method, nets, 700, 256, 2, 1e-3)
+def with_target_time(network: MLP) -> MLP:
+    """A two-time copy of ``network`` that does not listen to the target label yet."""
+    first, wider = cast(nn.Linear, network.layers[0]), MLP(2, 128, times=2)
     with torch.no_grad():
-        noise, truth = torch.randn(4096, 2), law.sample(4096)
-        before, found = (method.sampler(FLOW)(nets[role], noise) for role in ("teacher", "student"))
-    assert sliced_w1(before, truth) > 0.3
-    assert sliced_w1(found, truth) <= 0.12
-    share = torch.cdist(found, law.means).argmin(1).bincount(minlength=8) / len(found)
-    assert share.min() > 0.05
+        for mine, theirs in zip(list(wider.parameters())[1:], list(network.parameters())[1:], strict=True):
+            mine.copy_(theirs)
+        weight = cast(nn.Linear, wider.layers[0]).weight.zero_()
+        weight[:, [0, 1, 2, 4, 5, 6, 7]] = first.weight
+    return wider
+
+
+class Case(NamedTuple):
+    """How a method learns the ring."""
+
+    settings: dict[str, Any] = {}  # noqa: RUF012
+    steps: int = 500
+    batch: int = 256
+    rate: float = 1e-3
+
+
+CASES = {
+    BOOT: Case({"teacher_steps": 16, "solver": "heun"}, 1500, rate=2e-3),
+    DisBack: Case({"record_steps": 60, "points": 5, "switch_every": 30}, 600),
+    FreeFlow: Case({}, 600),
+    SiD: Case({"low_memory": False}, 700),
+    TBCM: Case({"warmup_steps": 75, "jvp": "finite"}, 300, batch=32),
+    TSCD: Case(
+        {"teacher_steps": 16, "segments": (4, 2, 1), "stage_steps": (400, 400), "distance": "l2"}, 1600, rate=2e-3
+    ),
+}
+"""Of methods that need other settings than most."""
+SCORE = [kind for kind in get_args(AnyMethod) if issubclass(kind, ScoreDistillation)]
+ALL: list[tuple[type, dict[str, Any]]] = [
+    *((kind, {}) for kind in get_args(AnyMethod) if kind is not DisBack),
+    *((DisBack, {"method": kind(fake_updates=2)}) for kind in SCORE),
+    *((kind, {"steps": 2}) for kind in get_args(AnyMethod) if "steps" in kind.__dataclass_fields__),
+]
+"""Every method of the package in one call, and in two where it has them."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "told"), ALL, ids=lambda each: getattr(each, "__name__", None) or str(each)[:24])
+def test_every_method_turns_a_network_into_a_generator_each_of_whose_calls_has_every_mode(kind, told):
+    """Two sets of 4,096 exact samples are 0.03 apart; the teacher's fifty Heun steps are 0.065 away, one step 0.9."""
+    torch.manual_seed(0)
+    law, case = ring(), CASES.get(kind, Case({"fake_updates": 2} if kind in SCORE else {}))
+    teacher, method = distilled_onto(law, FLOW, 700), kind(**{**case.settings, **told})
+    networks = {role: copy.deepcopy(teacher.network) for role in ("student", *method.roles)}
+    if kind.two_times:
+        networks["student"] = with_target_time(cast(MLP, teacher.network))
+    noise, truth = torch.randn(4096, 2), law.sample(4096)
+    training = Training(
+        batch_size=case.batch, optimizer=Optimizer(lr=case.rate), lr_schedule="cosine", ema_halflife_images=None
+    )
+
+    def batches(count: int) -> Batch:
+        return Batch(torch.randn(count, 2))
+
+    trainer = Trainer(
+        method, teacher, networks, training, steps=case.steps, batches=batches, accelerator=Accelerator(cpu=True)
+    )
+    sampler, student = method.sampler(FLOW), trainer.frozen["student"]
+    with torch.no_grad():
+        assert sliced_w1(sampler(student, noise), truth) > 0.2
+    assert list(trainer.run(case.steps))[-1] == case.steps
+    with torch.no_grad():
+        found = [prediction.x0 for prediction in sampler.trace(student, noise)]
+    assert len(found) == len(sampler.times)
+    for x_g in found:
+        assert sliced_w1(x_g, truth) <= 0.12
+        share = torch.cdist(x_g, law.means).argmin(1).bincount(minlength=8) / len(x_g)
+        assert share.min() > 0.05

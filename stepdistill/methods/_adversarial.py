@@ -21,7 +21,11 @@ from ._shared import regression
 
 @dataclass(frozen=True, kw_only=True)
 class Adversarial:
-    """Weights of the two sides; SiDA's for EDM teachers are 1 and 0.01."""
+    """Weights of the two sides: 1 and 0.01 are those of SiD-DiT (1, and 1 beside 100 times the student's own loss).
+
+    SiDA has 1 and 0.0001 (0.01 beside 100), and divides the student's by ``mean|x_g - D_phi|`` of each sample, here
+    left out.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
     fake_weight: float = 1.0
