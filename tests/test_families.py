@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ from stepdistill.distill import Run, distill
 from stepdistill.errors import UserError
 from stepdistill.export import DESCRIPTION, Host, empty_parts, export
 from stepdistill.hosting import plan
-from stepdistill.methods import SiD
+from stepdistill.methods import AnyMethod, SiD
 from stepdistill.samplers import ode_steps
 from stepdistill.sources import pipeline_class
 from stepdistill.teacher import Teacher, load_teacher
@@ -206,7 +206,7 @@ def test_exported_student_is_its_sampler(family, steps, renoising, tmp_path):
             assert (tmp_path / "student" / part).read_bytes() == path.read_bytes()
 
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {kind().name: {} for kind in get_args(AnyMethod)} | {
     "sid": {"init_ratio": INF, "low_memory": False},
     "dmd": {"steps": 2, "fake_updates": 1, "init_ratio": INF},
     "swiftbrush": {"init_ratio": INF},

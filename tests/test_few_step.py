@@ -1,17 +1,18 @@
 """Students of several calls: their levels, the law of every call, and their export to plain diffusers."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from oracles import PROCESSES, TARGETS, call, cubature, gaussian
 from test_export import LINEAR, SCALED, SHAPE, student
-from test_score_methods import Gains
+from test_score_methods import SCORE, Gains
 from test_sid import COV, GAIN, MEAN, SHIFT, gradients
 from torch import nn
 
@@ -19,7 +20,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.export import DESCRIPTION, export, export_error
 from stepdistill.hosting import plan
-from stepdistill.methods import DMD, Batch, SiD
+from stepdistill.methods import DMD, AnyMethod, Batch, SiD
 from stepdistill.methods._shared import few_step_times, time_at_ratio
 from stepdistill.process import VE, VP, Flow, Trig
 from stepdistill.samplers import SampleNoise, StudentSampler, ode_steps
@@ -88,6 +89,28 @@ def test_more_steps_than_entries_are_refused():
         few_step_times(PROCESSES["vp"], 2.5, 10)
 
 
+STEPPED = [kind for kind in get_args(AnyMethod) if "levels" in kind.__dataclass_fields__]
+
+
+@every_process
+@pytest.mark.parametrize("kind", STEPPED)
+def test_the_levels_of_every_call_may_be_chosen(kind, process):
+    levels = (4.0, 1.5, 0.4)
+    times = kind(steps=3, levels=levels).sampler(process).times
+    near = process.log_snr(tensor(times)).tolist()
+    wanted = [-2 * math.log(level) for level in levels]
+    gap = process.log_snr(tensor([0.0, 1.0])).diff().abs().item() / 8 if isinstance(process, VP) else 0.01
+    assert near == pytest.approx(wanted, abs=gap)
+    assert {kind.__name__ for kind in STEPPED} >= {"SiD", "DMD", "SwiftBrush", "TBCM"}
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+@pytest.mark.parametrize("levels", [(1.0, 2.0), (2.0, 2.0), (2.0,), (2.0, 1.0, 0.5), (2.0, 0.0)])
+def test_levels_that_do_not_fall_or_are_too_many_are_refused(kind, levels):
+    with pytest.raises(ValueError, match=r"levels must be 2 falling positive numbers, one for each of the steps, got"):
+        kind(steps=2, levels=levels)
+
+
 def test_times_that_do_not_decrease_are_refused():
     with pytest.raises(ValueError, match=r"must decrease, got \(0.5, 0.5\)"):
         StudentSampler(times=(0.5, 0.5))
@@ -148,7 +171,7 @@ def test_with_fixed_noise_later_calls_are_not_fed_noised_samples(process):
 
 @every_process
 @every_target
-@pytest.mark.parametrize("kind", [DMD, SiD])
+@pytest.mark.parametrize("kind", SCORE)
 def test_at_the_teachers_law_no_call_has_a_gradient(monkeypatch, kind, process, target):
     torch.manual_seed(0)
     method = kind(steps=3)

@@ -6,7 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from stepdistill.data import data_free
 from stepdistill.denoiser import Denoiser, Guidance
 from stepdistill.distill import Run, distill
 from stepdistill.errors import UserError
+from stepdistill.methods import AnyMethod
 from stepdistill.process import VP
 from stepdistill.recipe import parse
 from stepdistill.sample import Sampling, sample
@@ -90,7 +91,7 @@ def recipe(teacher: Path, out: Path, method: dict[str, Any], **data: Any) -> Con
     return Config.model_validate(values)
 
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, dict[str, Any]] = {kind().name: {} for kind in get_args(AnyMethod) if not kind.frozen_roles} | {
     "sid": {"delta_guidance": 2.0},
     "dmd": {},
     "swiftbrush": {"init_ratio": 5.0},

@@ -22,7 +22,7 @@ from ..denoiser import Denoiser, Prediction
 from ..process import InputScale, NoiseProcess
 from ..samplers import Renoising, StudentSampler
 from ._adversarial import Adversarial, adversarial_gradient, judging_loss
-from ._shared import TimeLaw, UniformTimes, denoising_loss, few_step_times, pixel_mean
+from ._shared import TimeLaw, UniformTimes, check_levels, denoising_loss, few_step_times, pixel_mean
 from .base import Batch, Loss, Method, Nets, Turn
 
 Weight = Literal["adaptive", "kl", "vsd", "one"]
@@ -37,6 +37,8 @@ class ScoreDistillation(Method):
     """Network calls of the student."""
     init_ratio: float = 2.5
     """``sigma / alpha`` at which noise enters: EDM's sigma 2.5, Stable Diffusion's step 625; ``inf`` is pure noise."""
+    levels: tuple[float, ...] = ()
+    """``sigma / alpha`` of every call, falling, in place of ``steps`` even ones from ``init_ratio``."""
     input: InputScale = "sigma"
     """What the first call is fed: ``sigma_t`` times the noise, or the unit-variance noise itself."""
     renoising: Renoising = "fresh"
@@ -66,6 +68,8 @@ class ScoreDistillation(Method):
             raise ValueError(f"fake_updates must be at least 1, got {self.fake_updates}")
         if not self.init_ratio > 0:
             raise ValueError(f"init_ratio must be positive, got {self.init_ratio}")
+        if self.levels:
+            check_levels(self.levels, self.steps)
         if not 0 <= self.uncond_share <= 1:
             raise ValueError(f"uncond_share must lie in [0, 1], got {self.uncond_share}")
 
@@ -102,7 +106,7 @@ class ScoreDistillation(Method):
         yield Turn("student", partial(self.student_loss, call=call, judged=judged))
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        times = few_step_times(process, self.init_ratio, self.steps)
+        times = few_step_times(process, self.init_ratio, self.steps, self.levels)
         return StudentSampler(times, self.input, None, self.renoising, self.clip_sample)
 
     def generate(self, nets: Nets, batch: Batch, call: int) -> Prediction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -104,9 +105,19 @@ def flow_time(process: NoiseProcess, t: float) -> float:
     return sigma / (alpha + sigma)
 
 
+def check_levels(levels: tuple[float, ...], steps: int) -> None:
+    """Raise ``ValueError`` where they are not ``steps`` falling numbers."""
+    if len(levels) != steps or levels[-1] <= 0 or any(m <= n for m, n in pairwise(levels)):
+        raise ValueError(f"levels must be {steps} falling positive numbers, one for each of the steps, got {levels}")
+
+
 @lru_cache
-def few_step_times(process: NoiseProcess, ratio: float, steps: int) -> tuple[float, ...]:
-    """``steps`` levels from ``sigma / alpha = ratio`` down, evenly spread in what a stock scheduler spreads evenly.
+def few_step_times(
+    process: NoiseProcess, ratio: float, steps: int, levels: tuple[float, ...] = ()
+) -> tuple[float, ...]:
+    """The times of given ``levels`` of ``sigma / alpha``, or of ``steps`` even ones from that of ``ratio`` down.
+
+    Even is what a stock scheduler spreads evenly:
 
     DDPM tables: LCM's grid ``t_k = (t_0 + 1) (1 - k / steps) - 1`` of table entries; rectified flow: ``sigma``;
     VE and trig: their own time.  The clean sample would be the next level.
@@ -114,6 +125,8 @@ def few_step_times(process: NoiseProcess, ratio: float, steps: int) -> tuple[flo
     Raises:
         ValueError: more steps than the teacher's table has entries.
     """
+    if levels:
+        return tuple(time_at_ratio(process, level) for level in levels)
     start = time_at_ratio(process, ratio)
     if steps == 1:
         return (start,)

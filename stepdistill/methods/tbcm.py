@@ -23,7 +23,7 @@ from ..conditions import Cond, concatenate
 from ..denoiser import Denoiser, without_autocast
 from ..process import InputScale, NoiseProcess, Trig, broadcast
 from ..samplers import StudentSampler
-from ._shared import few_step_times, pixel_mean, pixel_sum
+from ._shared import check_levels, few_step_times, pixel_mean, pixel_sum
 from ._trigflow import Points, exact_change, finite_change, rotated, slope, tangent
 from .base import Batch, Loss, Method, Nets, Turn
 
@@ -44,6 +44,8 @@ class TBCM(Method):
     """Network calls of the student: each takes its input to the clean end, later ones from fresh noise."""
     start_ratio: float = math.inf
     """``sigma / alpha`` at which trajectories and the student start; ``inf`` is the noisiest level, as in the paper."""
+    levels: tuple[float, ...] = ()
+    """``sigma / alpha`` of every call, falling, in place of ``steps`` even ones from ``start_ratio``."""
     input: InputScale = "sigma"
     """What a trajectory starts from, and the student's first call is fed: ``sigma_t`` times the noise, or itself."""
     t_min: float = 0.0025
@@ -80,6 +82,8 @@ class TBCM(Method):
         for name, least in {**counts, "log_variance_rate": 0}.items():
             if vars(self)[name] is not None and vars(self)[name] < least:
                 raise ValueError(f"{name} must be at least {least}, got {vars(self)[name]}")
+        if self.levels:
+            check_levels(self.levels, self.steps)
         if self.calm_down and not (self.calm_down[1] > 0 and 0 <= self.calm_down[2] <= 1):
             raise ValueError(f"calm_down needs steps > 0 and an end in [0, 1], got {self.calm_down}")
 
@@ -116,7 +120,7 @@ class TBCM(Method):
         return rise * (1 - min(1.0, max(0.0, (step - first) / steps)) * (1 - end))
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        return StudentSampler(few_step_times(process, self.start_ratio, self.steps), self.input)
+        return StudentSampler(few_step_times(process, self.start_ratio, self.steps, self.levels), self.input)
 
     def student_loss(self, nets: Nets, batch: Batch, ramp: float = 1.0) -> Loss:
         """The mean of ``loss_at`` over trajectories and their points."""

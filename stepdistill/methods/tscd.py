@@ -34,7 +34,7 @@ from .dmd import DMD
 from .sid import SiD
 from .swiftbrush import SwiftBrush
 
-_FOREIGN = ("steps", "init_ratio", "input", "renoising", "clip_sample", "matched", "adversarial")
+_FOREIGN = ("steps", "init_ratio", "levels", "input", "renoising", "clip_sample", "matched", "adversarial")
 _X, _K, _COND = "tscd_x", "tscd_k", "tscd_cond_"
 """The trajectories on the way, in ``Batch.memory``: states ``(B, ...)``, indices ``(B,)`` and conditions."""
 
