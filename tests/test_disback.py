@@ -4,7 +4,7 @@ import copy
 import shutil
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from conftest import tiny_unet
 from oracles import PROCESSES, call, cubature, gaussian
 from safetensors.torch import load_file
 from test_learning import FLOW, MLP
-from test_score_methods import LABELLED, constants
+from test_score_methods import LABELLED, SCORE, constants
 from test_sid import at
 from test_trainer import weights
 from torch import nn
@@ -171,16 +171,20 @@ def taught(trainer: Trainer, steps: int, monkeypatch) -> list[Any]:
         found[-1] = said(nets["teacher"])
         return original(method, nets, x_g, cond)
 
-    original = DMD.gradient
-    monkeypatch.setattr(DMD, "gradient", spy)
+    inner = cast(DisBack, trainer.method).method
+    original = type(inner).gradient
+    monkeypatch.setattr(type(inner), "gradient", spy)
     for _ in range(steps):
         found.append(None)
         trainer.step()
     return found
 
 
-def test_every_switch_changes_the_teacher_to_the_recorded_network_and_ends_with_the_teacher(monkeypatch, tmp_path):
-    trainer = build(SHORT, tmp_path / "snapshots")
+@pytest.mark.parametrize("kind", SCORE)
+def test_every_switch_changes_the_teacher_to_the_recorded_network_and_ends_with_the_teacher(
+    kind, monkeypatch, tmp_path
+):
+    trainer = build(replace(SHORT, method=kind(fake_updates=1)), tmp_path / "snapshots")
     found = taught(trainer, 20, monkeypatch)
     assert found[:8] == [None] * 8
     outputs = found[8:]

@@ -479,8 +479,12 @@ def test_laws_of_equal_covariance_are_matched_at_the_guided_mean(monkeypatch, ki
     torch.testing.assert_close(shift, NULL + scale * (MEAN - NULL), rtol=0, atol=1e-6)
 
 
-def test_zero_guidance_of_the_fake_network_is_an_implicit_guidance_of_known_size(monkeypatch):
-    """At the teacher's law, two classes at +-1: ``E[D_psi(0) - D_phi(c)] = -2 s^2 / V_r E[1 - pi_c]``, not 0."""
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1.0], ids=["zero-cfg", "anti-cfg", "conditional"])
+def test_other_guidance_of_the_fake_network_is_an_implicit_guidance_of_known_size(monkeypatch, scale):
+    """At the teacher's law, two classes at +-1: ``E[D_psi(0) - D_phi(c)] = -2 s^2 / V_r E[1 - pi_c]``, not 0.
+
+    With the scale k of the fake network it is ``1 - k`` times that: twice as much for Anti-CFG.
+    """
     a, s, v = 0.8, 0.6, 0.4
     process, t = Trig(), float(torch.asin(torch.tensor(s, dtype=torch.float64)) / (torch.pi / 2))
     half = torch.full((2,), 0.5).double()
@@ -492,7 +496,7 @@ def test_zero_guidance_of_the_fake_network_is_an_implicit_guidance_of_known_size
     share = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     z, eps = (each.reshape(-1, 1) for each in torch.meshgrid(*[torch.special.ndtri(share)] * 2, indexing="ij"))
     monkeypatch.setattr(torch, "randn_like", lambda like: eps)
-    method = DMD(weight="one", fake_guidance=0.0, eval_guidance=0.0, student_times=at(t))
+    method = DMD(weight="one", fake_guidance=scale, eval_guidance=scale, student_times=at(t))
     nets = {"teacher": conditional(laws, process, scale=1.0), "fake": conditional(laws, process)}
     method.check(nets["teacher"])
     pulls = []
@@ -503,8 +507,8 @@ def test_zero_guidance_of_the_fake_network_is_an_implicit_guidance_of_known_size
     variance = a**2 * v + s**2
     x_t = a * (1 + v**0.5 * z) + s * eps
     other = torch.sigmoid(-2 * a * x_t / variance).mean().item()
-    assert pulls[1] == pytest.approx(-2 * s**2 / variance * other, rel=1e-6)
-    assert pulls[1] == pytest.approx(-0.2556, abs=1e-4)
+    assert pulls[1] == pytest.approx(-2 * (1 - scale) * s**2 / variance * other, rel=1e-6, abs=1e-12)
+    assert pulls[1] == pytest.approx(-0.2556 * (1 - scale), abs=2e-4)
     assert sum(pulls) == pytest.approx(0, abs=1e-9)
 
 

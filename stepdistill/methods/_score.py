@@ -55,7 +55,8 @@ class ScoreDistillation(Method):
     fake_updates: int = 1
     """Updates of the fake network per student update."""
     fake_guidance: float = 1.0
-    """Guidance scale under which the fake network learns (kappa 1 of SiD-LSG); 0 is without condition (Zero-CFG)."""
+    """Guidance scale under which the fake network learns (kappa 1 of SiD-LSG); 0 is without condition (Zero-CFG), a
+    negative one away from it (Anti-CFG; ``2 D(0) - D(c)`` at -1)."""
     uncond_share: float = 0.1
     """Share of conditions replaced by the null one while the fake network learns, where it is guided."""
     adversarial: Adversarial | None = None
