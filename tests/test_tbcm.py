@@ -199,7 +199,9 @@ def test_trajectories_are_ddim_chains_of_the_teacher(process):
 
 
 @pytest.mark.parametrize("variance", [0.09, 0.36, 1.0])
-@pytest.mark.parametrize("process", [Flow(), Trig(), VE(sigma_max=200.0)], ids=["flow", "trig", "ve"])
+@pytest.mark.parametrize(
+    "process", [Flow(), Trig(), VE(sigma_max=200.0), PROCESSES["vp"]], ids=["flow", "trig", "ve", "vp"]
+)
 def test_states_have_the_marginal_variance(process, variance):
     """``cos^2 lambda + sin^2 sigma_d^2`` up to the error of the first-order solver."""
     law = gaussian(torch.zeros(2, dtype=torch.float64), variance * torch.eye(2, dtype=torch.float64))
