@@ -238,9 +238,10 @@ class Export(Section):
     own_code: bool = False
     """Also write a pipeline file into the student's folder: a plain call is right with it, and students run that no
     stock scheduler has a place for.  Whoever loads it must consent, by ``trust_remote_code=True``."""
+    sana_sprint: bool = False
+    """Put a student of Sana that makes one step, or two, into Sana-Sprint's pipeline, which never guides."""
     check: bool = True
-    """Compare the written pipeline with the student's sampler: it runs on the CPU in float32, which takes the memory of
-    all its parts, and for pictures of a thousand pixels an hour or more."""
+    """Compare the written pipeline with the student's sampler: on the CPU in float32, for hours at 1024 pixels."""
 
 
 class Stage(Section):

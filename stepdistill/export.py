@@ -24,10 +24,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.utils import logging
 from torch import nn
 
-from .backbones import Family
 from .backbones.conditioned import Conditioned, time_embeddings
 from .backbones.plain import PLAIN
-from .backbones.unet2d import UNET2D
 from .conditions import Cond
 from .copies import on_cpu
 from .decoder import Decoder
@@ -53,18 +51,18 @@ class Host:
 
 
 @torch.no_grad()
-def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan, family: Family = UNET2D) -> Any:  # noqa: ANN401
+def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan) -> Any:  # noqa: ANN401
     """A stock network that does the student's work under the plan's scheduler."""
     network: Any = single_time(merged(denoiser.network), denoiser.process, sampler).requires_grad_(True).eval()
     scale = hosted.map.output / hosted.output
     if not math.isclose(scale, 1.0, rel_tol=1e-6):
-        for parameter in network.get_submodule(family.output).parameters():
+        for parameter in network.get_submodule(hosted.family.output).parameters():
             parameter.mul_(scale)
     if not math.isclose(hosted.map.input, 1.0, rel_tol=1e-12):
         network.conv_in.weight.mul_(hosted.map.input)
     if abs(hosted.map.label - hosted.label) > 1e-6:
         _relabel(network, wanted=hosted.map.label, told=hosted.label)
-    return family.hosted(network)
+    return hosted.family.hosted(network, hosted.guidance)
 
 
 def _relabel(network: Any, *, wanted: float, told: float) -> None:  # noqa: ANN401
@@ -114,17 +112,17 @@ def export(
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    network = stock_network(denoiser, sampler, hosted, host.teacher.family if host else UNET2D)
-    if host and host.teacher.family is PLAIN:
+    network = stock_network(denoiser, sampler, hosted)
+    if host and hosted.family is PLAIN:
         write_plain(network, sampler, host.teacher, temporary)
         compare = partial(plain_error, denoiser, sampler, host.teacher, temporary, cond)
         accept(temporary, folder, compare if check else None)
         return
-    if hosted.pipeline is not None:
-        hosted.pipeline(unet=network, scheduler=hosted.scheduler).save_pretrained(temporary)  # type: ignore[call-arg]
+    if host:
+        _replace(host, network, hosted, temporary)
     else:
-        assert host is not None
-        _replace(host, network, hosted.scheduler, temporary)
+        kind: Any = hosted.pipeline
+        kind(unet=network, scheduler=hosted.scheduler).save_pretrained(temporary)
     description = {"sampler": asdict(sampler), "map": asdict(hosted.map), "label": hosted.label, "steps": hosted.steps}
     if host:
         description["call"] = {key: value for key, value in host.call.items() if not isinstance(value, list)}
@@ -171,7 +169,7 @@ def empty_parts(index: dict[str, Any]) -> dict[str, None]:
     return {name: None for name, kind in components(index).items() if kind is None and name not in optional}
 
 
-def _replace(host: Host, network: Any, scheduler: Any, folder: Path) -> None:  # noqa: ANN401
+def _replace(host: Host, network: Any, hosted: Plan, folder: Path) -> None:  # noqa: ANN401
     """The teacher's pipeline with another network and scheduler; every other file is copied as it is.
 
     Tokenizers and encoders that one version of transformers writes again, another may not read.
@@ -183,11 +181,13 @@ def _replace(host: Host, network: Any, scheduler: Any, folder: Path) -> None:  #
             shutil.copytree(teacher.folder / name, folder / name)
     network.save_pretrained(folder / component)
     index = dict(teacher.index)
-    if scheduler is None:
+    if hosted.pipeline:
+        index["_class_name"] = hosted.pipeline.__name__
+    if hosted.scheduler is None:
         shutil.copytree(teacher.folder / "scheduler", folder / "scheduler")
     else:
-        scheduler.save_pretrained(folder / "scheduler")
-        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        hosted.scheduler.save_pretrained(folder / "scheduler")
+        index["scheduler"] = ["diffusers", type(hosted.scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

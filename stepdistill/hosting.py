@@ -15,66 +15,29 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    SanaSprintPipeline,
+    SCMScheduler,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from .backbones import Family
 from .backbones.conditioned import Conditioned
 from .backbones.dit import DIT
 from .backbones.plain import PLAIN
+from .backbones.sana import SANA, SPRINT
 from .backbones.unet2d import UNET2D
-from .conditions import Cond
 from .denoiser import Denoiser
 from .errors import UserError
+from .linear_map import OneStepMap, grid_settings, one_step_map
 from .process import VP, Flow
 from .samplers import StudentSampler
 
 if TYPE_CHECKING:
     from diffusers import FlowMapEulerDiscreteScheduler
 
-_ONE = torch.ones(1, 1, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class OneStepMap:
-    """``x0 = direct noise + output network(input noise, label)``, float64."""
-
-    direct: float
-    output: float
-    input: float
-    label: float
-
-
-def one_step_map(denoiser: Denoiser, sampler: StudentSampler) -> OneStepMap:
-    """The linear map of a one-step student, read off the sampler itself with a network that returns a constant."""
-    seen, sampler = [], replace(sampler, clip_sample=False)
-    direct = sampler(_constant(denoiser, 0.0, seen), _ONE).item()
-    output = sampler(_constant(denoiser, 1.0, seen), 0 * _ONE).item()
-    return OneStepMap(direct=direct, output=output, input=seen[0][0], label=seen[0][1])
-
-
-def _constant(denoiser: Denoiser, value: float, seen: list[tuple[float, float]]) -> Denoiser:
-    """``denoiser`` with a network that returns ``value``, and notes in ``seen`` the state and label it is given."""
-
-    def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
-        seen.append((x.item(), label.item()))
-        return torch.full_like(x, value)
-
-    return replace(denoiser, call=call)
-
-
-def _grid(denoiser: Denoiser, sampler: StudentSampler) -> dict[str, Any]:
-    """The settings of ``pipelines/student_v1.py``'s scheduler: what every call does, read off the denoiser."""
-    process, calls = denoiser.process, []
-    for time in sampler.times:
-        t, seen = torch.tensor([time], dtype=torch.float64), []
-        skip = _constant(denoiser, 0.0, seen)(_ONE, t).x0.item()
-        output = _constant(denoiser, 1.0, seen)(0 * _ONE, t).x0.item()
-        fed, label = seen[0]
-        alpha, sigma = process.alpha(t).item(), process.sigma(t).item()
-        calls.append({"label": label, "alpha": alpha, "sigma": sigma, "input": fed, "skip": skip, "output": output})
-    start = process.student_input(_ONE, torch.tensor(sampler.times[:1], dtype=torch.float64), sampler.input).item()
-    return {"calls": calls, "start": start, "renoising": sampler.renoising, "clip_sample": sampler.clip_sample}
+    _Scheduler = (
+        LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler | SCMScheduler
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +46,7 @@ class Plan:
 
     pipeline: type[DiffusionPipeline] | None
     """``None`` is the teacher's own; a plain network has none."""
-    scheduler: LCMScheduler | DDIMScheduler | FlowMatchEulerDiscreteScheduler | FlowMapEulerDiscreteScheduler | None
+    scheduler: _Scheduler | None
     """``None`` is the teacher's own, which a student with a ``grid`` does not use."""
     steps: int
     """Network calls."""
@@ -95,6 +58,10 @@ class Plan:
     """The timestep that the pipeline tells the network."""
     grid: dict[str, Any] | None = None
     """Settings of the student's own scheduler, where no stock one runs it."""
+    family: Family = UNET2D
+    """Of the pipeline that hosts it: how that is called, and what its network must be."""
+    guidance: float | None = None
+    """The one scale that the student was ever told, which is folded into its network."""
 
     @property
     def scheduler_name(self) -> str:
@@ -109,6 +76,8 @@ def plan(
     classes: int | None,
     family: Family = UNET2D,
     own_code: bool = False,
+    sana_sprint: bool = False,
+    guidance: float | None = None,
 ) -> Plan:
     """Choose pipeline and scheduler for a student of a teacher in ``family`` with so many ``classes``.
 
@@ -118,6 +87,8 @@ def plan(
         classes: of a class-conditional teacher.
         family: of the teacher.
         own_code: where stock diffusers has no place for the student, let it travel with its own pipeline file.
+        sana_sprint: put a student of Sana into Sana-Sprint's pipeline.
+        guidance: the one scale that the student is told, of a teacher that is told one.
 
     Raises:
         UserError: stock diffusers has no place for this student.
@@ -127,11 +98,14 @@ def plan(
         if own_code:
             raise UserError("export.own_code writes a diffusers pipeline, which a plain network has not; remove it")
         first = replace(first, input=1.0)  # its own sampler runs it, so there is nothing to fold
-        return Plan(None, None, len(sampler.times), first, first.output, first.label)
+        return Plan(None, None, len(sampler.times), first, first.output, first.label, family=family)
+    if sana_sprint:
+        return _sprint_plan(denoiser, sampler, first, family)
     try:
-        return _stock_plan(denoiser, sampler, first, classes=classes, family=family)
+        stock = _stock_plan(denoiser, sampler, first, classes=classes, family=family)
+        return replace(stock, family=family, guidance=guidance)
     except UserError as error:
-        own = _grid(denoiser, sampler)
+        own = grid_settings(denoiser, sampler)
         fed = {own["start"], *(call["input"] for call in own["calls"])}
         if (sampler.target_time is not None and len(sampler.times) > 1) or (fed != {1.0} and not family.scales_input):
             raise
@@ -139,7 +113,7 @@ def plan(
             raise UserError(f"{error}; or set export.own_code=true, to load it with trust_remote_code=True") from None
     first = replace(first, input=1.0)  # the scheduler scales what the network is fed
     hosts = (ConsistencyModelPipeline, LCMScheduler()) if family is UNET2D else (None, None)
-    return Plan(*hosts, len(sampler.times), first, first.output, first.label, own)
+    return Plan(*hosts, len(sampler.times), first, first.output, first.label, own, family, guidance)
 
 
 def _stock_plan(
@@ -271,6 +245,33 @@ def _class_flow_plan(denoiser: Denoiser, sampler: StudentSampler, first: OneStep
     return Plan(None, scheduler, steps, first, -1.0, label)
 
 
+def _sprint_plan(denoiser: Denoiser, sampler: StudentSampler, first: OneStepMap, family: Family) -> Plan:
+    """SCM's angles in equal parts are sigma 1 and, of two, 1/2; the pipeline tells the network sigma itself."""
+    steps, told = len(sampler.times), first.label * _config(denoiser.network).get("timestep_scale", math.nan)
+    if family is not SANA:
+        raise UserError("export.sana_sprint is for students of Sana; remove it")
+    if steps > 2 or not _evenly_told(denoiser, sampler) or (steps == 2 and sampler.renoising != "fresh"):
+        raise UserError(
+            "export.sana_sprint: its scheduler runs one step from sigma 1, or two with new noise at sigma 1/2; set "
+            "method.init_ratio (start_ratio, t_max) to pure noise, method.steps to 1 or 2 and renoising=fresh, or "
+            "remove it"
+        )
+    if not math.isclose(first.input, 1.0, rel_tol=1e-12):
+        raise UserError("export.sana_sprint: the pipeline feeds the noise itself; set method.input=unit, or remove it")
+    if steps == 2 and not math.isclose(told, 1.0, rel_tol=1e-6):
+        raise UserError(
+            f"export.sana_sprint: its pipeline tells the network sigma, this one was told {told:g} sigma, which can be "
+            "folded in for one step only; take a teacher whose timestep_scale is 0.001, method.steps=1, or remove it"
+        )
+    return Plan(SanaSprintPipeline, SCMScheduler(), steps, replace(first, label=told), -1.0, 1.0, family=SPRINT)
+
+
+def _config(network: nn.Module) -> Any:  # noqa: ANN401
+    """The settings of a stock network, also of a wrapped one."""
+    stock: Any = network.network if isinstance(network, Conditioned) else network
+    return stock.config
+
+
 def _evenly_told(denoiser: Denoiser, sampler: StudentSampler) -> bool:
     """Whether a flow is entered at sigma 1 and left in even steps, and the network told a multiple of sigma."""
     process, steps = denoiser.process, len(sampler.times)
@@ -289,8 +290,7 @@ def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
 
 
 def _refuse_unscalable(network: nn.Module) -> None:
-    stock: Any = network.network if isinstance(network, Conditioned) else network
-    config = stock.config
+    config = _config(network)
     if config["center_input_sample"] or any("Skip" in block for block in config["down_block_types"]):
         raise UserError(
             "this UNet uses its input beside the first convolution (center_input_sample or Skip blocks), so the "

@@ -86,11 +86,12 @@ class Outcome:
         self, student: Denoiser, sampler: StudentSampler, hosted: Plan, folder: Path, rows: Sequence[Measurement] = ()
     ) -> None:
         """Export the student to ``folder``, with what was measured of it."""
-        host = Host(self.teacher, self._call()) if hosted.pipeline is None else None
+        host = Host(self.teacher, self._call(hosted)) if hosted.family is not UNET2D else None
         told = {"shape": self.teacher.sample_shape, "cond": self._compared(2 if host else 4), "host": host}
         # The check of an export seeds the generators that the training draws from.
         with torch.random.fork_rng([self.data.device] if self.data.device.type == "cuda" else []):
-            export(student, sampler, hosted, folder, **told, **self.config.export.model_dump())
+            how = self.config.export
+            export(student, sampler, hosted, folder, **told, own_code=how.own_code, check=how.check)
         self._card(rows, self._usage(Path(PLACE), hosted, folder), hosted.steps, None).save(folder / CARD)
 
     def finish(
@@ -119,7 +120,8 @@ class Outcome:
             self._adapters(student, sampler, hosted, rows)
 
     def _adapters(self, student: Denoiser, sampler: StudentSampler, hosted: Plan, rows: Sequence[Measurement]) -> None:
-        host = Host(self.teacher, {"guidance_scale": 1.0, **self._call()})
+        scale = self.config.data.scale if self.teacher.embeds_guidance else 1.0
+        host = Host(self.teacher, {**self._call(hosted), "guidance_scale": scale})
         folder, check = self.folder / "student_lora", self.config.export.check
         told = {"shape": self.teacher.sample_shape, "cond": self._compared(2), "host": host}
         export_lora(student, sampler, hosted, folder, **told, check=check)
@@ -153,21 +155,21 @@ class Outcome:
         return usage(
             place,
             hosted.steps,
-            self._call(),
+            self._call(hosted),
             empty_parts(self.teacher.index),
             code=code and code.stem,
             sole=hosted.grid is not None,
         )
 
-    def _call(self) -> dict[str, Any]:
+    def _call(self, hosted: Plan) -> dict[str, Any]:
         """What a stock call says beside its number of steps, for the samples 0 and 1."""
         teacher, rows = self.teacher, self.data.rows(range(2)).tolist() if self.data.table else []
-        call: dict[str, Any] = dict(teacher.family.arguments)
+        call: dict[str, Any] = dict(hosted.family.arguments)
         if self.data.prompts:
             call = {"prompt": [self.data.prompts[row] for row in rows], **call}
         elif rows and teacher.family is not UNET2D:
             call = {"class_labels": self.data.table["class_labels"][rows].tolist(), **call}
-        if teacher.embeds_guidance:
+        if teacher.embeds_guidance and hosted.guidance is None:
             call["guidance_scale"] = self.config.data.scale
         usual = teacher.family.usual_size
         if self.config.data.resolution or usual not in (None, teacher.picture_size):

@@ -42,8 +42,15 @@ def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Pla
     for stage in stages:
         _check_roles(stage, teacher, config)
     samplers = [stage.method.sampler(guided.process) for stage in stages]
-    own_code = config.export.own_code
-    hosted = plan(teacher.denoiser, samplers[-1], classes=teacher.classes, family=teacher.family, own_code=own_code)
+    hosted = plan(
+        teacher.denoiser,
+        samplers[-1],
+        classes=teacher.classes,
+        family=teacher.family,
+        own_code=config.export.own_code,
+        sana_sprint=config.export.sana_sprint,
+        guidance=config.data.scale if teacher.embeds_guidance and not config.data.scales else None,
+    )
     check_evaluation(config.evaluate, teacher, prompts)
     check_images(stages, config.real_data)
     return samplers, hosted

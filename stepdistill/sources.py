@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from .backbones import FAMILIES, Family
+from .backbones.sana import SPRINT
 from .bundled import BUILTIN, bundled
 from .errors import UserError, first_line
 from .plain import PYTHON
@@ -99,7 +100,8 @@ def read_index(path: Path, source: str, *, student: bool = False) -> tuple[dict[
     Args:
         path: of the file.
         source: the pipeline's name in errors.
-        student: take a student with a pipeline file of its own as the stock pipeline behind that.
+        student: what an export wrote, under any scheduler; one with a pipeline file of its own is the stock pipeline
+            behind that.
     """
     if not path.is_file():
         raise UserError(f"{source} is not a diffusers pipeline: it has no model_index.json")
@@ -112,7 +114,8 @@ def read_index(path: Path, source: str, *, student: bool = False) -> tuple[dict[
     if index.get("_class_name") == "LatentConsistencyModelPipeline":
         index["_class_name"] = "StableDiffusionPipeline"  # the same parts, under any scheduler
     name = index.get("_class_name")
-    family = next((family for family in FAMILIES if name in family.pipelines), None)
+    families = (*FAMILIES, SPRINT) if student else FAMILIES
+    family = next((family for family in families if name in family.pipelines), None)
     if family is None:
         raise UserError(f"pipeline {name} of {source} is not supported yet; supported are {', '.join(PIPELINES)}")
     network, scheduler = (index.get(part, [None, None])[1] for part in (family.component, "scheduler"))
@@ -121,7 +124,7 @@ def read_index(path: Path, source: str, *, student: bool = False) -> tuple[dict[
             f"network {network} of {source} is not supported yet; supported is {family.network.__name__} in {name}"
         )
     known = sorted(kind.__name__ for kind in SUPPORTED)
-    if scheduler not in known:
+    if scheduler not in known and not student:
         raise UserError(f"scheduler {scheduler} of {source} is not supported; supported are {', '.join(known)}")
     return index, family
 

@@ -257,7 +257,7 @@ def pixart(kind: type[Any] = PixArtSigmaPipeline) -> Any:
     )
 
 
-def sana() -> Any:
+def sana(*, timestep_scale: float = 1.0) -> Any:
     tokenizer = gemma_tokenizer()
     transformer = SanaTransformer2DModel(
         patch_size=1,
@@ -271,6 +271,7 @@ def sana() -> Any:
         cross_attention_dim=8,
         caption_channels=8,
         sample_size=32,
+        timestep_scale=timestep_scale,
     )
     scheduler: Any = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000

@@ -36,6 +36,7 @@ from stepdistill.errors import UserError
 from stepdistill.export import DESCRIPTION, Host, empty_parts, export
 from stepdistill.hosting import plan
 from stepdistill.methods import AnyMethod, SiD
+from stepdistill.sample import Sampling, sample
 from stepdistill.samplers import ode_steps
 from stepdistill.sources import pipeline_class
 from stepdistill.teacher import Teacher, load_teacher
@@ -184,9 +185,10 @@ def test_exported_student_is_its_sampler(family, steps, renoising, tmp_path):
         with pytest.raises(UserError, match="renoising=ddim"):
             plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family)
         return
-    hosted = plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family)
+    guidance = 1.0 if teacher.embeds_guidance and steps == 1 else None
+    hosted = plan(teacher.denoiser, sampler, classes=teacher.classes, family=teacher.family, guidance=guidance)
     data = data_free(teacher, asked(teacher), torch.device("cpu"))
-    said = [call(name, teacher, k) for k in (0, 1)]
+    said = [call(name, teacher, k) | ({"guidance_scale": 9.0} if guidance else {}) for k in (0, 1)]
     told = {key: [one[key] for one in said] for key in ("prompt",) if key in said[0]}
     told |= {"class_labels": [3, 7]} if name in CLASSES else {}
     host = Host(teacher, {**said[0], **told})
@@ -356,6 +358,8 @@ def test_the_lines_of_a_card_draw_trained_students_where_stepdistill_is_not(fold
         seen = torch.load(tmp_path / name / "student.pt", weights_only=True)
         torch.testing.assert_close(seen, image, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
         assert image.std() > 0.01
+        sample(Sampling(source=str(tmp_path / name / "student")), tmp_path / f"{name}_images", count=1)
+        assert (tmp_path / f"{name}_images/000000.png").is_file()
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,9 @@ class Family:
     """Why a network of this class cannot be distilled; ``None`` if it can."""
     scales_input: bool = True
     """Whether its pipelines let their scheduler scale what the network is fed."""
-    hosted: Callable[[Any], Any] = lambda network: network
-    """The network as its stock pipeline runs it without guiding of its own."""
+    hosted: Callable[[Any, float | None], Any] = lambda network, guidance: network
+    """The network, which may be changed, as its stock pipeline runs it whatever scale a call says: without guiding of
+    its own, and always as it is when told the given scale; ``None``: it goes on being told one."""
     usual_size: int | None = None
     """Height in pixels that a stock call makes by default; ``None`` where it follows the network."""
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 
 from ..conditions import Cond
@@ -72,6 +73,20 @@ def _told(config: Config) -> dict[str, tuple[int, ...]]:
     }
 
 
+@torch.no_grad()
+def _always_told(network: Any, guidance: float | None) -> Any:  # noqa: ANN401
+    """The network without its guidance embedding, which for one scale is constant, hence part of a bias."""
+    if guidance is None or not network.config["guidance_embeds"]:
+        return network
+    embed, scale = network.time_text_embed, torch.tensor([1000 * guidance], device=network.device)
+    last, text = embed.timestep_embedder.linear_2, embed.text_embedder
+    last.bias.add_(embed.guidance_embedder(embed.time_proj(scale).to(network.dtype))[0])
+    stock = CombinedTimestepTextProjEmbeddings(last.out_features, text.linear_1.in_features)
+    stock.timestep_embedder, stock.text_embedder, network.time_text_embed = embed.timestep_embedder, text, stock
+    network.register_to_config(guidance_embeds=False)
+    return network
+
+
 FLUX = Family(
     pipelines=("FluxPipeline",),
     component="transformer",
@@ -86,4 +101,5 @@ FLUX = Family(
     told=_told,
     scales_input=False,
     embeds_guidance=lambda config: config["guidance_embeds"],
+    hosted=_always_told,
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers import SanaPipeline, SanaTransformer2DModel
+from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepGuidanceEmbeddings
 from torch import Tensor, nn
 
 from ..conditions import Cond
@@ -50,6 +53,19 @@ def _told(config: Config) -> dict[str, tuple[int, ...]]:
     return {**text, "timestep_scale": ()}
 
 
+@torch.no_grad()
+def _whatever_guidance(network: Any, guidance: float | None) -> Any:  # noqa: ANN401
+    """The network with a guidance embedding that is zero: Sana-Sprint's pipeline tells every network a scale."""
+    embed = network.time_embed
+    told = SanaCombinedTimestepGuidanceEmbeddings(embed.linear.in_features)
+    for parameter in told.guidance_embedder.linear_2.parameters():
+        nn.init.zeros_(parameter)
+    nn.Module.to(told, network.device, network.dtype)
+    told.timestep_embedder, told.linear, network.time_embed = embed.emb.timestep_embedder, embed.linear, told
+    network.register_to_config(guidance_embeds=True)
+    return network
+
+
 SANA = Family(
     pipelines=("SanaPipeline",),
     component="transformer",
@@ -65,3 +81,11 @@ SANA = Family(
     usual_size=1024,
     arguments={"guidance_scale": 1.0, "use_resolution_binning": False},
 )
+
+SPRINT = replace(
+    SANA,
+    pipelines=("SanaSprintPipeline",),
+    hosted=_whatever_guidance,
+    arguments={"intermediate_timesteps": None, "use_resolution_binning": False},
+)
+"""Sana-Sprint's pipeline, for students: its scheduler is for one step or a few, and tells times as TrigFlow does."""

@@ -79,17 +79,23 @@ def _refuse(config: Config) -> str | None:
 
 
 @torch.no_grad()
-def without_guidance(network: UNet2DConditionModel) -> UNet2DConditionModel:
-    """The same network with a guidance embedding that is zero.
+def whatever_guidance(network: UNet2DConditionModel, guidance: float | None) -> UNet2DConditionModel:
+    """The same network with a guidance embedding that is zero; what LCM's says of the scale becomes part of a bias.
 
     Stable Diffusion's pipelines guide by default (scale 7.5 or 5), but never a network that has such an embedding.
     """
-    if network.config["time_cond_proj_dim"] is not None:  # LCM's, which is told the scale
+    told = network
+    if network.config["time_cond_proj_dim"] is None:
+        told = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(network.config, time_cond_proj_dim=256))
+        missing, _ = told.load_state_dict(network.state_dict(), strict=False)
+        assert missing == ["time_embedding.cond_proj.weight"]
+    elif guidance is None:
         return network
-    told = cast(UNet2DConditionModel, UNet2DConditionModel.from_config(network.config, time_cond_proj_dim=256))
-    missing, _ = told.load_state_dict(network.state_dict(), strict=False)
-    assert missing == ["time_embedding.cond_proj.weight"]
-    nn.init.zeros_(cast(nn.Linear, told.time_embedding.cond_proj).weight)
+    first, embedding = told.time_embedding.linear_1, cast(nn.Linear, told.time_embedding.cond_proj)
+    if guidance is not None:
+        scale = torch.tensor([guidance], device=network.device)
+        first.bias.add_(first.weight @ embedding(_scale_embedding(scale).to(network.dtype))[0])
+    nn.init.zeros_(embedding.weight)
     return cast(UNet2DConditionModel, cast(nn.Module, told).to(network.device).eval())
 
 
@@ -105,7 +111,7 @@ SD = Family(
     bottleneck=bottleneck,
     embeds_guidance=lambda config: config["time_cond_proj_dim"] is not None,
     refuse=_refuse,
-    hosted=without_guidance,
+    hosted=whatever_guidance,
 )
 
 SDXL = replace(SD, pipelines=("StableDiffusionXLPipeline",), encode=_encode_xl, told=_told_xl, null=_null_xl)
