@@ -162,16 +162,6 @@ def _dpmpp_2m(
     return (then.sigma / now.sigma) * x - then.alpha * math.expm1(-h) * direction, (x0, h)
 
 
-def sample_flow_map(
-    jump: Callable[[Tensor, Tensor, Tensor, Cond], Tensor], x: Tensor, times: Sequence[float], cond: Cond = NO_COND
-) -> Tensor:
-    """Deterministic jumps ``x_s = jump(x_t, t, s, cond)`` of a two-time flow map along decreasing ``times``."""
-    grid = torch.tensor(times, dtype=torch.float64, device=x.device)
-    for k in range(len(times) - 1):
-        x = jump(x, grid[k].expand(len(x)), grid[k + 1].expand(len(x)), cond)
-    return x
-
-
 Renoising = Literal["fresh", "fixed", "ddim"]
 """Noise that a few-step student's ``x0`` is taken back to the next level with: new noise (few-step SiD, DMD2, LCM),
 the noise it started from, or the noise it has itself predicted (DDIM, deterministic)."""

@@ -28,7 +28,6 @@ from stepdistill.samplers import (
     Solver,
     StudentSampler,
     ode_steps,
-    sample_flow_map,
     sample_ode,
     teacher_grid,
 )
@@ -299,28 +298,6 @@ def test_noise_of_different_ids_and_seeds_is_independent():
 
 
 @every_process
-def test_exact_jumps_compose_along_any_grid(process):
-    law, x = gaussian(MEAN, COV), cubature(2)
-    jump = lambda x, t, s, cond: flow_map(law, process, x, t, s)  # noqa: E731
-    at = lambda t: torch.full((len(x),), t, dtype=torch.float64)  # noqa: E731
-    direct = flow_map(law, process, x, at(0.95), at(0.05))
-    for times in ([0.95, 0.05], [0.95, 0.5, 0.05], [0.95, 0.7, 0.4, 0.1, 0.05]):
-        torch.testing.assert_close(sample_flow_map(jump, x, times), direct, rtol=1e-12, atol=1e-12)
-
-
-def test_jumps_are_told_both_times_and_the_condition():
-    asked = []
-    cond = {"c": torch.ones(2, 1)}
-
-    def jump(x, t, s, cond):
-        asked.append((t.tolist(), s.tolist(), cond["c"]))
-        return x + 1
-
-    assert torch.equal(sample_flow_map(jump, torch.zeros(2, 1), [1.0, 0.5, 0.0], cond), torch.full((2, 1), 2.0))
-    assert asked == [([1.0] * 2, [0.5] * 2, cond["c"]), ([0.5] * 2, [0.0] * 2, cond["c"])]
-
-
-@every_process
 @pytest.mark.parametrize("scale", ["unit", "sigma"])
 def test_one_step_student_is_the_denoiser_of_its_scaled_noise(process, scale):
     denoiser, z, t = gaussian(MEAN, COV).denoiser(process), cubature(2), torch.full((4,), 0.7, dtype=torch.float64)
@@ -421,7 +398,6 @@ def test_no_sampler_waits_for_the_device_between_network_calls(process, view, gu
         lambda d: last(ode_steps(d, x, [1.0, 0.7, 0.4], cond, solver="heun")),
         lambda d: last(ode_steps(d, x, [1.0, 0.7, 0.4], cond, solver="dpmpp_2m")),
         lambda d: StudentSampler((1.0, 0.5, 0.2))(d, x, cond),
-        lambda d: sample_flow_map(lambda x, t, s, c: d(x, t, c).x0, x, [1.0, 0.5, 0.0], cond),
     ):
         with Watch() as watch:
             result = run(Denoiser(nn.Identity(), process, target, watch, guidance=scale, view=view))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepdistill.backbones import conditioned, unet2d
 from stepdistill.config import Optimizer, Training
 from stepdistill.denoiser import Denoiser
-from stepdistill.methods import BOOT, Batch, Loss, Method, SiD, Turn
+from stepdistill.methods import BOOT, Batch, FreeFlow, Loss, Method, SiD, Turn
 from stepdistill.process import VP
 from stepdistill.samplers import StudentSampler
 from stepdistill.trainer import Diverged, Trainer
@@ -45,6 +45,23 @@ def build(method, *, seed=0, steps=10, watch=lambda step, log: None, network=tin
 
 def weights(module):
     return torch.cat([parameter.detach().flatten().clone() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("method", [BOOT(t_max=0.7), FreeFlow(init_ratio=9.0)], ids=["boot", "freeflow"])
+def test_a_student_that_is_told_a_target_time_learns_from_one_level_alone(method):
+    """Jumps of theirs begin where noise enters and nowhere else, so there is no grid to run them on, see DESIGN.md."""
+    trainer, begun, told = build(method), set(), set()
+
+    def note(network, args, kwargs):
+        begun.update(args[1].tolist())
+        told.update(kwargs["target_label"].tolist())
+
+    for network in (trainer.student, trainer.frozen["student"].network):
+        network.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.step()
+    start = torch.tensor(method.sampler(PROCESS).times)
+    assert begun == {PROCESS.label(start).float().item()}
+    assert len(told) > 4
 
 
 def shadow(trainer):
