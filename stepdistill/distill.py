@@ -147,7 +147,8 @@ class Run:
         training = {key: value for key, value in values["training"].items() if key not in free}
         processes = self.accelerator.num_processes
         kept = {key: values[key] for key in ("teacher", "seed", "method", "stages", "data", "real_data")}
-        return json.loads(json.dumps({**kept, "training": training, "processes": processes}))
+        kept |= {"training": training, "processes": processes, "network": self.teacher.network_size}
+        return json.loads(json.dumps(kept))
 
     def begin(self) -> None:
         """Create the run's folder."""

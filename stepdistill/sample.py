@@ -217,12 +217,9 @@ def _teacher(asked: Sampling, device: torch.device) -> Traced:
 def _hybrid(asked: Sampling, device: torch.device) -> Traced:
     """The teacher's first steps, then the student's calls."""
     source = asked.source
-    pipeline, recorded, label, _ = exported(source, device)
-    shape, classes = square(pipeline.unet.config), pipeline.unet.config["num_class_embeds"]
-    data = _draws(asked, shape, classes, device)
     teacher, guided = teacher_of(source, asked.teacher, device)
-    if (teacher.sample_shape, teacher.classes) != (shape, classes):
-        raise UserError(f"{teacher.source} and {source} differ in the size of a sample or the number of classes")
+    pipeline, recorded, label, _ = exported(source, device)
+    data = _draws(asked, teacher.sample_shape, teacher.classes, device)
     if len(recorded.times) == 1:
         student, recorded = one_step(source, pipeline, recorded, label, teacher.denoiser.process)
     else:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .backbones import unet2d
+from .backbones.family import square
 from .conditions import Cond
 from .config import Data
 from .denoiser import Denoiser
@@ -26,8 +27,8 @@ from .plain import PYTHON
 from .process import NoiseProcess
 from .samplers import StudentSampler
 from .schedulers import read_scheduler
-from .sources import DESCRIPTION, read_index
-from .teacher import Teacher, load_teacher
+from .sources import DESCRIPTION, read_index, read_json
+from .teacher import Teacher, load_teacher, with_weights
 
 
 class Exported(NamedTuple):
@@ -107,7 +108,11 @@ def one_step(
 
 
 def teacher_of(source: str, given: str | None, device: torch.device) -> tuple[Teacher, Denoiser]:
-    """The teacher ``given`` or named by the student's card, and its denoiser with the guidance of the recipe there."""
+    """The teacher ``given`` or named by the student's card, and its denoiser with the guidance of the recipe there.
+
+    Raises:
+        UserError: there is none, or, before its weights are read, it makes other samples than the student.
+    """
     told = recipe(Path(source) / "README.md")
     name = given or told.get("teacher")
     if not isinstance(name, str):
@@ -115,15 +120,26 @@ def teacher_of(source: str, given: str | None, device: torch.device) -> tuple[Te
     if name.startswith(PYTHON) and not given:
         raise UserError(f"{source}/README.md names code as its teacher, which is not run; say --teacher {name}")
     try:
-        teacher = load_teacher(name)
+        teacher = load_teacher(name, weights=False)
+        _check_shapes(teacher, source)
+        teacher = with_weights(teacher)
     except UserError as error:
         raise error if given else UserError(f"{error}; {source}/README.md names it, --teacher gives another") from None
-    teacher.network.to(device)  # type: ignore[arg-type]
+    teacher.network.to(device)
     try:
         data = Data(**told.get("data", {}))
         return teacher, teacher.guided(data.model_copy(update={"guidance_scale": data.scale}))
     except (TypeError, ValueError) as error:
         raise UserError(f"the recipe in {source}/README.md: {first_line(error)}") from None
+
+
+def _check_shapes(teacher: Teacher, source: str) -> None:
+    """Refuse a teacher whose samples or classes are not those of the student in ``source``."""
+    config = read_json(Path(source) / unet2d.UNET2D.component / "config.json", source)
+    theirs, ours = (teacher.sample_shape, teacher.classes), (square(config), config.get("num_class_embeds"))
+    if theirs != ours:
+        got, wanted = (f"{'x'.join(map(str, shape))} of {classes or 'no'} classes" for shape, classes in (theirs, ours))
+        raise UserError(f"{teacher.source} makes samples of {got}, {source} of {wanted}; take the one it was made from")
 
 
 def recipe(card: Path) -> dict[str, Any]:

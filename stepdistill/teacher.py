@@ -56,6 +56,12 @@ class Teacher:
         return self.decode is not None or bool(components(self.index).get("vae"))
 
     @property
+    def network_size(self) -> str:
+        """In words; networks that differ in this cannot take one another's weights."""
+        count, shape = sum(value.numel() for value in self.network.parameters()), "x".join(map(str, self.sample_shape))
+        return f"{type(self.network).__name__} of {count:,} parameters for samples of {shape}"
+
+    @property
     def picture_size(self) -> int:
         """Height in pixels of a picture."""
         return self.sample_shape[-1] * self.scale

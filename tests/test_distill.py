@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import tiny_unet
+from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file
 
 from stepdistill.__main__ import main
@@ -150,6 +153,18 @@ def test_resume_of_nothing_and_of_a_foreign_run_is_refused(teachers, tmp_path, c
     assert run(f"teacher={teachers()}", f"output_dir={folder}", "steps=2", "resume=true", "method.alpha=1.2") == 2
     assert "another run" in capsys.readouterr().err
     assert sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*")) == before
+
+
+def test_a_student_of_another_shape_than_its_teacher_is_not_resumed(tmp_path, capsys):
+    """The folder of the teacher holds another network than the one the run began with."""
+    teacher, folder = tmp_path / "teacher", tmp_path / "run"
+    made = [f"teacher={teacher}", f"output_dir={folder}", "steps=1"]
+    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(teacher)
+    assert run(*made) == 0
+    DDPMPipeline(tiny_unet(block_out_channels=(8, 16)), DDPMScheduler()).save_pretrained(teacher)
+    assert run(*made, "resume=true") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"network was 'UNet2DModel of [\d,]+ parameters for samples of 1x8x8', is 'UNet2DModel of", said)
 
 
 def test_bad_input_is_refused_before_anything_is_written(teachers, tmp_path, capsys):

@@ -499,7 +499,7 @@ def test_the_command_finds_teacher_and_guidance_in_the_students_card(tmp_path):
         (["{lcm}/student", "--teacher-first", "3", "--teacher", "{lcm}/teacher"], "3 calls, got 3"),
         (["{lcm}/student", "--teacher-first", "1", "--teacher", "{lcm}/teacher", "--steps", "41"], "--steps"),
         (["{lcm}/student", "--teacher-first", "1", "--teacher", "{lcm}/teacher", "--solver", "heun"], "--solver heun"),
-        (["{lcm}/student", "--teacher-first", "1", "--teacher", "{classes}/teacher"], "number of classes"),
+        (["{lcm}/student", "--teacher-first", "1", "--teacher", "{classes}/teacher"], "1x8x8 of 4 classes, "),
         (["{lcm}/student", "--teacher-first", "1", "--teacher", "nowhere"], "does not exist"),
         (["{lcm}/student", "--teacher", "{lcm}/teacher"], "--teacher-first only"),
         (["{lcm}/teacher", "--teacher-first", "1"], "needs the folder of an exported student"),
@@ -517,6 +517,17 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(words, message, travelled, 
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_other_shapes_is_refused_before_weights_are_read(travelled, tmp_path, capsys):
+    network, student = tiny_unet(sample_size=16), travelled["lcm"][-1] / "student"
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher/unet/diffusion_pytorch_model.safetensors").unlink()
+    words = ["--out", tmp_path / "out", "--teacher-first", 1, "--teacher", tmp_path / "teacher"]
+    assert sampled(student, *words) == 2
+    said = capsys.readouterr().err
+    assert "makes samples of 1x16x16 of no classes" in said
+    assert "of 1x8x8 of no classes; take the one it was made from" in said
 
 
 def test_occupied_trace_folder_is_refused_before_anything_is_written(travelled, tmp_path, capsys):
