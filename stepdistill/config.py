@@ -130,8 +130,8 @@ class Training(Section):
     """Keep the input of every block alone and compute the rest again on the way back: less memory, more time."""
     channels_last: bool = False
     """Memory order that convolutions of many devices prefer."""
-    compile: str | None = None
-    """``torch.compile`` backend (``inductor``) of every network."""
+    compile: str | dict[str, str] | None = None
+    """``torch.compile`` backend (``inductor``) of every network, or by role: ``{teacher: inductor}``."""
     log_every: PositiveInt = 10
     preview_every: NonNegativeInt = 0
     """Steps between preview grids; 0 is none."""

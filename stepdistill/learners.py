@@ -64,10 +64,11 @@ def tune(network: nn.Module, training: Training) -> None:
         stock.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
-def compiled(network: nn.Module, training: Training) -> nn.Module:
-    """``network``, in place, as ``torch.compile`` runs it; copies of it are not."""
-    if training.compile:
-        network.compile(backend=training.compile)
+def compiled(network: nn.Module, training: Training, role: str) -> nn.Module:
+    """The ``network`` of ``role``, in place, as ``torch.compile`` runs it where asked; copies of it are not."""
+    backend = training.compile.get(role) if isinstance(training.compile, dict) else training.compile
+    if backend:
+        network.compile(backend=backend)
     return network
 
 
@@ -114,10 +115,7 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
     """
     for config in (training.optimizer, *training.role_optimizers.values()):
         optimizer_kind(config)
-    if training.compile and training.compile not in torch._dynamo.list_backends(()):
-        raise UserError(
-            f"training.compile: no backend {training.compile!r}; there are {', '.join(torch._dynamo.list_backends(()))}"
-        )
+    _check_backends(training)
     if conditioned and not time_embeddings(network):
         raise UserError(
             f"{type(network).__name__} has no place where a student can be told a second time, or a scale drawn from a "
@@ -143,6 +141,13 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
             "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "
             "a method, or a scale drawn from a range, would be lost on the way back; remove it"
         )
+
+
+def _check_backends(training: Training) -> None:
+    asked, known = training.compile or {}, torch._dynamo.list_backends(())
+    for backend in asked.values() if isinstance(asked, dict) else [asked]:
+        if backend not in known:
+            raise UserError(f"training.compile: no backend {backend!r}; there are {', '.join(known)}")
 
 
 def _check_attention(network: nn.Module, backend: str) -> None:

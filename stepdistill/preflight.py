@@ -261,9 +261,14 @@ def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
     if training.quantize_teacher and method.frozen_roles:
         raise UserError(f"training.quantize_teacher: {method.name} goes back to whole networks; remove it")
     roles = {"student", *method.roles}
-    for section, named in (("role_optimizers", training.role_optimizers), ("lora", training.lora)):
-        if unknown := set(named) - roles:
-            raise UserError(f"training.{section} names {sorted(unknown)}; the roles are {sorted(roles)}")
+    by_role = training.compile if isinstance(training.compile, dict) else {}
+    for section, named, known in (
+        ("role_optimizers", training.role_optimizers, roles),
+        ("lora", training.lora, roles),
+        ("compile", by_role, {"teacher", *roles, *method.frozen_roles}),
+    ):
+        if unknown := set(named) - known:
+            raise UserError(f"training.{section} names {sorted(unknown)}; the roles are {sorted(known)}")
     if teacher.makes_latents and method.sampler(teacher.denoiser.process).clip_sample:
         raise UserError(f"{teacher.source} makes latents, which have no range to clip to; set method.clip_sample=false")
     for role, lora in training.lora.items():

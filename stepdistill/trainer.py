@@ -83,7 +83,7 @@ class Trainer:
         for role, network in networks.items():
             tune(network.eval().to(accelerator.device), training)
             twin = sharing(network)
-            compiled(network, training)
+            compiled(network, training, role)
             settings = training.role_optimizers.get(role, training.optimizer)
             optimizer, name = optimizer_of(settings, network), settings.lr_schedule or training.lr_schedule
             schedule = get_scheduler(
@@ -94,13 +94,13 @@ class Trainer:
             prepared = accelerator.prepare(network, optimizer, device_placement=placement)
             self.learners[role], self.optimizers[role] = prepared
             scaled = isinstance(network, Conditioned) and network.scale is not None
-            self.frozen[role] = replace(bare, network=compiled(twin, training), told_scale=scaled)
+            self.frozen[role] = replace(bare, network=compiled(twin, training, role), told_scale=scaled)
             accelerator.register_for_checkpointing(schedule)
             self.schedules[role] = schedule
         for role in method.frozen_roles:
-            network = compiled(copy.deepcopy(teacher.network), training)
+            network = compiled(copy.deepcopy(teacher.network), training, role)
             self.frozen[role] = replace(bare, network=network, device=teacher.device)
-        compiled(teacher.network, training)
+        compiled(teacher.network, training, "teacher")
         self._teacher_away: Callable[[], object] = lambda: None
         if training.offload_teacher:  # after copies were made of it
             _, hook = cpu_offload_with_hook(teacher.network, accelerator.device)

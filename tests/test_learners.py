@@ -5,19 +5,26 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.hooks import UserCpuOffloadHook
 from conftest import tiny_unet
+from diffusers import DDPMScheduler
 from families import BUILD, build
 from safetensors.torch import load_file
+from torch import nn
 
 from stepdistill.__main__ import main
 from stepdistill.backbones import FAMILIES, unet2d
 from stepdistill.backbones.conditioned import Conditioned
 from stepdistill.bundled import bundled_configs
 from stepdistill.config import Optimizer, Training
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.learners import check_learners, optimizer_of, tune
+from stepdistill.methods import Batch, DisBack, SiD
+from stepdistill.process import VP
 from stepdistill.teacher import load_teacher
+from stepdistill.trainer import Trainer
 
 OTHERS = ("digits_sid_long", "digits_text_sid", "digits_text_swiftbrush", "digits_text_sid_few_step")
 RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and name not in OTHERS]
@@ -62,6 +69,41 @@ def test_no_setting_of_memory_changes_a_method(recipe, teachers, tmp_path):
 
 def test_compiled_networks_are_the_same_networks(teachers, tmp_path):
     compare("digits_sid", teachers("ddpm"), tmp_path, "training.compile=aot_eager")
+
+
+@pytest.mark.parametrize(
+    ("setting", "roles"),
+    [
+        (None, set()),
+        ("eager", {"teacher", "student", "fake", "target"}),
+        ({"teacher": "eager"}, {"teacher"}),
+        ({"fake": "eager", "target": "eager"}, {"fake", "target"}),
+    ],
+)
+def test_the_roles_that_are_named_are_compiled_and_no_others(setting, roles, monkeypatch):
+    """Both faces of a role that learns: the network that learns and its frozen twin."""
+    seen = []
+    monkeypatch.setattr(nn.Module, "compile", lambda network, backend: seen.append((network, backend)))
+    method = DisBack(method=SiD())
+    assert {*method.roles, *method.frozen_roles} == {"fake", "target"}
+    learners: dict[str, nn.Module] = {role: tiny_unet() for role in ("student", *method.roles)}
+    teacher = Denoiser(tiny_unet(), VP(DDPMScheduler().alphas_cumprod), "eps", unet2d.call)
+    told = Training.model_validate({"compile": setting})
+    batches, accelerator = (lambda count: Batch(torch.randn(count, 1, 8, 8))), Accelerator(cpu=True)
+    trainer = Trainer(method, teacher, learners, told, steps=1, batches=batches, accelerator=accelerator)
+    faces = {role: {id(denoiser.network)} for role, denoiser in trainer.frozen.items()}
+    for role, network in learners.items():
+        faces[role].add(id(network))
+    assert {id(network) for network, _ in seen} == set().union(*(faces[role] for role in roles))
+    assert {backend for _, backend in seen} <= {"eager"}
+
+
+def test_roles_to_compile_that_a_method_has_not_are_refused(teachers, tmp_path, capsys):
+    told = [f"teacher={teachers('ddpm')}", f"output_dir={tmp_path / 'run'}", *SMALL]
+    with pytest.raises(SystemExit):
+        main(["distill", "--config", "digits_tbcm", *told, "training.compile={fake: inductor}"])
+    assert "training.compile names ['fake']; the roles are ['student', 'teacher']" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def compare(recipe, teacher, folder, *settings):
@@ -158,6 +200,7 @@ def test_an_optimizer_is_found_by_its_dotted_name_and_given_what_it_knows():
         ({"optimizer": {"name": "no.such.Adam"}}, "cannot import 'no.such.Adam'"),
         ({"role_optimizers": {"fake": {"name": "torch.nn.Linear"}}}, "no subclass of torch.optim.Optimizer"),
         ({"compile": "indctor"}, "no backend 'indctor'; there are .*inductor"),
+        ({"compile": {"student": "inductor", "fake": "indctor"}}, "no backend 'indctor'; there are .*inductor"),
     ],
 )
 def test_settings_that_do_not_exist_are_refused(settings, message):
