@@ -127,7 +127,8 @@ def config(folder, output_dir, asked, **training):
             "output_dir": str(output_dir),
             "steps": 1,
             "method": {"name": "sid", "init_ratio": float("inf"), "input": "unit"},
-            "data": {"prompts": ["a cat"], "guidance_scale": 3.0, "resolution": 16},
+            # of a range of scales, as for one the embedding of the scale is folded away
+            "data": {"prompts": ["a cat"], "guidance_scale": [2.0, 4.0], "resolution": 16},
             "training": {"batch_size": 2, "trackers": [], "quantize_teacher": asked, **training},
         }
     )
