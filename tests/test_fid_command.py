@@ -95,6 +95,25 @@ def test_the_other_scripts_make_a_reference_and_sample(half, tmp_path, monkeypat
     assert json.loads(capsys.readouterr().out)["metrics"]["fid"]["n"] == 20
 
 
+def test_references_are_converted_to_the_form_of_the_suffix_or_the_one_that_is_named(half, tmp_path, capsys):
+    reference = str(tmp_path / "ref.npz")
+    main(["ref", half, "--preset", "digits", "--out", reference])
+    capsys.readouterr()
+
+    def converted(source, name, *form):
+        assert main(["convert", source, str(tmp_path / name), *form]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / name}: fid, 80 features of 899 images\n"
+        return str(tmp_path / name)
+
+    def distance(to):
+        main(["calc", "builtin:digits", to, "--preset", "digits", "--json"])
+        return json.loads(capsys.readouterr().out)["metrics"]["fid"]["value"]
+
+    there_and_back = converted(converted(reference, "a.pkl", "--form", "sid"), "a.npz")
+    assert distance(there_and_back) == pytest.approx(distance(reference), rel=1e-9)
+    assert distance(converted(reference, "a.pt")) == pytest.approx(distance(reference), rel=1e-6)
+
+
 def _folder(path, *shapes):
     path.mkdir()
     for index, shape in enumerate(shapes):
