@@ -196,6 +196,29 @@ def test_what_is_not_compared_is_said_and_an_equal_reference_may_lie_elsewhere(s
         main(["compare", *told[:0:-1]])
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda record: record.pop("reference_digest"), "it lacks reference_digest"),
+        (lambda record: record["protocol"]["fields"].update(gamma=2), "unexpected keyword argument 'gamma'"),
+        (lambda record: record["protocol"]["fields"].pop("extractor"), "'extractor'"),
+    ],
+)
+def test_runs_that_another_version_kept_are_refused_until_repeated(sources, tmp_path, capsys, change, reason):
+    for name in ("array.npz", "others.npz"):
+        told = ("calc", sources / name, "builtin:digits", "--features", tmp_path / name)
+        scored(capsys, *told)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        change(record)
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    compare = ("compare", tmp_path / "array.npz", tmp_path / "others.npz")
+    with pytest.raises(UserError, match=rf"run\.json was written by another version .*{reason}.*; repeat"):
+        main([*map(str, compare)])
+    for name in ("array.npz", "others.npz"):
+        scored(capsys, "calc", sources / name, "builtin:digits", "--features", tmp_path / name)
+    assert scored(capsys, *compare)["metrics"].keys() == {"fid"}
+
+
 def test_two_runs_are_drawn_where_they_agree_best_and_worst(sources, tmp_path, capsys):
     images = DIGITS[300:340].copy()
     np.savez(tmp_path / "one.npz", images)
