@@ -50,10 +50,12 @@ def _gen(told: argparse.Namespace) -> int:
 
 
 def _ref(told: argparse.Namespace) -> int:
+    from .metrics.ranks import rank_and_world
     from .reference import ref
 
     skipped = ref(told.images, told.out, _options(told))
-    print("\n".join([str(told.out), *_skipped(skipped)]))
+    if rank_and_world()[0] == 0:
+        print("\n".join([str(told.out), *_skipped(skipped)]))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,7 +19,13 @@ def rank_and_world() -> tuple[int, int]:
     """This process among all that a launcher started (``accelerate launch``, ``torchrun``); ``(0, 1)`` alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group("gloo")
+        atexit.register(_leave)  # A process that ends with its group is aborted now and then.
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def add_up(*sums: Tensor) -> None:
