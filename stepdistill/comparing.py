@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import UserError
+from .errors import UserError, first_line
 from .identity import of_reference
 from .metrics.base import Value
 from .metrics.influence import paired_difference, paired_mean_difference
@@ -36,9 +36,7 @@ def compare(a: Path, b: Path, options: Options, *, plot: Path | None = None) -> 
     ):
         if mine != other:
             raise UserError(f"{a} and {b} differ in their {field} ({mine} and {other}); only equal ones compare")
-    told = one["protocol"]["fields"]
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
-    protocol = Protocol(**fields)
+    protocol = _protocol(a, one["protocol"]["fields"])
     metrics = _compared(a, protocol.metrics, options.metrics)
     run = _run(one, protocol, tuple(metric for metric in metrics if metric in FRECHET), options)
     against = {} if run.protocol.metrics == ("clip",) else run.references(run.networks(0)).moments
@@ -89,9 +87,28 @@ def _folder(protocol: Protocol, metric: str) -> str:
 
 def _kept(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / RUN).read_text())
+        record = json.loads((folder / RUN).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no finished run with --features: {error}") from None
+    lacking = [name for name in ("protocol", "reference", "reference_digest", "images") if name not in record]
+    if lacking:
+        raise _of_another_version(folder, f"it lacks {', '.join(lacking)}")
+    return record
+
+
+def _protocol(folder: Path, told: dict[str, Any]) -> Protocol:
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+    try:
+        return Protocol(**fields)
+    except (TypeError, ValueError) as error:
+        raise _of_another_version(folder, first_line(error)) from None
+
+
+def _of_another_version(folder: Path, problem: str) -> UserError:
+    return UserError(
+        f"{folder / RUN} was written by another version of stepdistill: {problem}; repeat its command, which makes no "
+        "feature again that is kept there"
+    )
 
 
 def _features(folder: Path) -> Tensor:

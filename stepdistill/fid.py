@@ -50,10 +50,12 @@ def _gen(told: argparse.Namespace) -> int:
 
 
 def _ref(told: argparse.Namespace) -> int:
+    from .metrics.ranks import rank_and_world
     from .reference import ref
 
     skipped = ref(told.images, told.out, _options(told))
-    print("\n".join([str(told.out), *_skipped(skipped)]))
+    if rank_and_world()[0] == 0:
+        print("\n".join([str(told.out), *_skipped(skipped)]))
     return 0
 
 
@@ -66,8 +68,11 @@ def _compare(told: argparse.Namespace) -> int:
 def _convert(told: argparse.Namespace) -> int:
     from .metrics.statistics import convert
 
-    found = convert(told.source, told.target, kind=told.kind)
-    print(f"{told.target}: {len(found.mean)} features of {found.n or 'an unknown number of'} images")
+    written, left = convert(told.source, told.target, kind=told.kind, form=told.form)
+    for kind, found in written.items():
+        print(f"{told.target}: {kind}, {len(found.mean)} features of {found.n or 'an unknown number of'} images")
+    if left:
+        print(f"left out, as the form has no place for it: {', '.join(left)}")
     return 0
 
 
@@ -166,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     gen.add_argument("--trust-remote-code", action="store_true", help="run the code that a student comes with or names")
     ref = command("ref", _ref, "write what images are compared with", "ref IMAGES --preset clean --out stats.npz")
     ref.add_argument("images", metavar="IMAGES", help="the reference images")
-    ref.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz, or EDM2's .pkl by `convert`")
+    ref.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=".npz; `convert` rewrites it for other tools"
+    )
     compare = command("compare", _compare, "difference of two runs on common seeds", "compare features_a features_b")
     compare.add_argument("a", type=Path, metavar="A", help="--features folder of one run")
     compare.add_argument("b", type=Path, metavar="B", help="of the other")
@@ -175,8 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         _shared(made)
     convert = command("convert", _convert, "rewrite statistics in another form", "convert img64.pkl img64.npz")
     convert.add_argument("source", metavar="IN")
-    convert.add_argument("target", metavar="OUT", help=".npz or .pkl (EDM2)")
-    convert.add_argument("--kind", default="fid", help="fid, fd-dinov2 or sfid, of files that hold several")
+    convert.add_argument("target", metavar="OUT", help=".npz (EDM, pytorch-fid, clean-fid), .pkl (EDM2) or .pt")
+    convert.add_argument("--form", help="npz, adm, edm2, sid or torch-fidelity; by the suffix of OUT otherwise")
+    convert.add_argument("--kind", help="fid, fd-dinov2 or sfid, of files that hold several; all by default")
     presets = command("presets", _presets, "list the protocols, or spell one out", "presets coco30k-gigagan")
     presets.add_argument("name", nargs="?", metavar="NAME")
     command("doctor", _doctor, "say which weights are found, and test the arithmetic", "doctor")

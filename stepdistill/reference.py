@@ -25,7 +25,9 @@ def ref(images: str, out: Path, options: Options) -> list[str]:
         UserError: an input that cannot be read, or a file that cannot be written.
     """
     if out.suffix != ".npz" or not out.parent.is_dir():
-        raise UserError(f"statistics are written to an .npz in a folder that exists, got {out}; see `convert` for .pkl")
+        raise UserError(
+            f"statistics are written to an .npz in a folder that exists, got {out}; `convert` makes others of it"
+        )
     source = open_source(images)
     count = len(source) if options.count is None else min(options.count, len(source))
     run = Run(options, images, {})

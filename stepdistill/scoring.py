@@ -142,7 +142,7 @@ class Run:
             classes = 1008 if network.name in CLASSIFIERS else 0
             steps = " > ".join((*network.steps, network.weights))
             manifest = Manifest(
-                self.protocol.digest(), made_by, network.dimension, f"{steps}{asked}", classes, dtype="float32"
+                self.protocol.digest(), made_by, network.dimension, f"{steps}{asked}", classes, dtype=network.dtype
             )
             return FeatureStore(folder / network.name.replace(" ", "-"), manifest)
 

@@ -30,7 +30,7 @@ def filled(folder, *ranges, manifest=MADE):
     return store
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_what_was_written_comes_back_in_the_order_of_ids(tmp_path, dtype):
     manifest = replace(MADE, dtype=dtype, classes=3)
     store = FeatureStore(tmp_path / "new" / "folder", manifest)
@@ -40,11 +40,12 @@ def test_what_was_written_comes_back_in_the_order_of_ids(tmp_path, dtype):
     assert [ids for ids, _ in again.shards()] == [range(10), range(10, 20), range(20, 25)]
     assert {part.features.dtype for _, part in again.shards()} == {getattr(torch, dtype)}
     read = again.read(range(8, 23))
-    assert read.features.dtype == torch.float32
-    torch.testing.assert_close(read.features, rows(range(8, 23)))
-    torch.testing.assert_close(
-        read.logits, rows(range(8, 23), 3) / 3, atol=0, rtol=1e-3 if dtype == "float16" else 1e-6
-    )
+    assert read.features.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    assert read.logits is not None
+    torch.testing.assert_close(read.features.double(), rows(range(8, 23)).double())
+    exact = rows(range(8, 23), 3).double() / 3
+    rtol = {"float16": 1e-3, "float32": 1e-6, "float64": 0}[dtype]
+    torch.testing.assert_close(read.logits.double(), exact, atol=0, rtol=rtol)
     assert read_manifest(tmp_path / "new" / "folder") == manifest
 
 
@@ -191,7 +192,7 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         FeatureStore(tmp_path / "file" / "folder", MADE)
-    with pytest.raises(UserError, match="positive sizes and dtype float16 or float32"):
+    with pytest.raises(UserError, match="positive sizes and dtype float16 or float32 or float64"):
         FeatureStore(tmp_path / "other", replace(MADE, dimension=0))
 
 

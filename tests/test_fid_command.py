@@ -1,6 +1,7 @@
 """``stepdistill fid`` end to end."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -93,6 +94,52 @@ def test_the_other_scripts_make_a_reference_and_sample(half, tmp_path, monkeypat
     told = ("builtin:digits", out, "--preset", "digits", "--steps", "1", "--num", "20", "--json")
     assert run_script(monkeypatch, *told, script=SCRIPT.with_name("sample.py")) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["fid"]["n"] == 20
+
+
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--cpu", "--num_processes", "2")
+
+
+# accelerate starts one process on a CPU, whatever it is told.
+@pytest.mark.parametrize(("launcher", "world"), [(TORCHRUN, 2), (ACCELERATE, 1)])
+def test_launchers_run_the_scripts_and_find_what_one_process_does(half, tmp_path, launcher, world, capsys):
+    def launched(script, *arguments):
+        command = [sys.executable, "-m", *launcher, str(SCRIPT.with_name(script)), *arguments]
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=alone, timeout=120).stdout
+
+    reference, one = str(tmp_path / "ref.npz"), str(tmp_path / "one.npz")
+    told = ("--preset", "digits", "--metrics", "fid,kid,prdc")
+    launched("reference.py", half, *told, "--out", reference)
+    record = json.loads(launched("fid.py", "calc", "builtin:digits", reference, *told, "--json"))
+    assert record["world_size"] == world
+    main(["ref", half, *told, "--out", one])
+    capsys.readouterr()
+    main(["calc", "builtin:digits", one, *told, "--json"])
+    for name, expected in json.loads(capsys.readouterr().out)["metrics"].items():
+        found = record["metrics"][name]
+        assert (found["n"], found["n_ref"]) == (expected["n"], expected["n_ref"])
+        for key in ("value", "se"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-9)
+
+
+def test_references_are_converted_to_the_form_of_the_suffix_or_the_one_that_is_named(half, tmp_path, capsys):
+    reference = str(tmp_path / "ref.npz")
+    main(["ref", half, "--preset", "digits", "--out", reference])
+    capsys.readouterr()
+
+    def converted(source, name, *form):
+        assert main(["convert", source, str(tmp_path / name), *form]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / name}: fid, 80 features of 899 images\n"
+        return str(tmp_path / name)
+
+    def distance(to):
+        main(["calc", "builtin:digits", to, "--preset", "digits", "--json"])
+        return json.loads(capsys.readouterr().out)["metrics"]["fid"]["value"]
+
+    there_and_back = converted(converted(reference, "a.pkl", "--form", "sid"), "a.npz")
+    assert distance(there_and_back) == pytest.approx(distance(reference), rel=1e-9)
+    assert distance(converted(reference, "a.pt")) == pytest.approx(distance(reference), rel=1e-6)
 
 
 def _folder(path, *shapes):

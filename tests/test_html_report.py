@@ -424,7 +424,9 @@ MEASURE = """addEventListener('load', () => document.body.dataset.widths =
 [...document.querySelectorAll('iframe')].map(f => f.contentDocument.documentElement.scrollWidth).join(' '))"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome in PATH")
+@pytest.mark.skipif(
+    BROWSER is None, reason="needs chromium or google-chrome in PATH (on Debian or Ubuntu: apt-get install chromium)"
+)
 def test_a_browser_shows_it_without_complaint_and_within_its_window(tmp_path):
     """At 400 and 1200 pixels, in frames, whose widths a browser does not round up as it does those of windows."""
     long = tmp_path / ("a_rather_long_name_of_a_run_" * 4)

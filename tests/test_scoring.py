@@ -154,7 +154,7 @@ def test_a_run_that_keeps_its_features_continues_and_makes_none_twice(sources, t
     told = ("calc", sources / "array.npz", "builtin:digits", "--metrics", "fid,kid")
     expected = numbers(scored(capsys, *told))
     first = scored(capsys, *told, "--features", tmp_path / "kept")
-    assert {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()} == numbers(first)
+    assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == numbers(first)
     shards = {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").rglob("*.safetensors")}
     assert shards
     assert numbers(scored(capsys, *told, "--features", tmp_path / "kept")) == numbers(first)
@@ -195,6 +195,29 @@ def test_what_is_not_compared_is_said_and_an_equal_reference_may_lie_elsewhere(s
     np.savez(tmp_path / "copy.npz", DIGITS[:300])
     with pytest.raises(UserError, match="has changed since"):
         main(["compare", *told[:0:-1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda record: record.pop("reference_digest"), "it lacks reference_digest"),
+        (lambda record: record["protocol"]["fields"].update(gamma=2), "unexpected keyword argument 'gamma'"),
+        (lambda record: record["protocol"]["fields"].pop("extractor"), "'extractor'"),
+    ],
+)
+def test_runs_that_another_version_kept_are_refused_until_repeated(sources, tmp_path, capsys, change, reason):
+    for name in ("array.npz", "others.npz"):
+        told = ("calc", sources / name, "builtin:digits", "--features", tmp_path / name)
+        scored(capsys, *told)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        change(record)
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    compare = ("compare", tmp_path / "array.npz", tmp_path / "others.npz")
+    with pytest.raises(UserError, match=rf"run\.json was written by another version .*{reason}.*; repeat"):
+        main([*map(str, compare)])
+    for name in ("array.npz", "others.npz"):
+        scored(capsys, "calc", sources / name, "builtin:digits", "--features", tmp_path / name)
+    assert scored(capsys, *compare)["metrics"].keys() == {"fid"}
 
 
 def test_two_runs_are_drawn_where_they_agree_best_and_worst(sources, tmp_path, capsys):

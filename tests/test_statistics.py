@@ -7,13 +7,14 @@ import sys
 import types
 import zipfile
 from dataclasses import replace
+from itertools import product
 
 import cleanfid.features
 import numpy as np
 import pytest
 import torch
 from pytorch_fid.fid_score import calculate_activation_statistics, compute_statistics_of_path
-from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.utils import cache_lookup_one_recompute_on_miss
 
 from stepdistill.errors import UserError
@@ -392,7 +393,7 @@ def test_what_is_written_is_read_back_with_all_that_is_known(tmp_path):
     assert torch.equal(read.features[:], features)
     assert (read.n, read.ddof, read.extractor) == (N, 0, "inception-clean")
     assert read.meta["protocol"] == {"name": how.name, "digest": how.digest(), "text": how.text()}
-    assert (read.meta["weights_sha256"], read.meta["made"]) == ("ab" * 32, "here")
+    assert (read.weights, read.meta["made"]) == ("ab" * 32, "here")
     assert read.meta["versions"]["numpy"] == np.__version__
     write_statistics(tmp_path / "b.npz", read)
     assert read_statistics(tmp_path / "b.npz").meta == read.meta
@@ -422,33 +423,152 @@ def test_a_file_for_one_distance_is_not_read_for_another(tmp_path):
     close(read_statistics(tmp_path / "a.npz", kind="fd-dinov2"))
     with pytest.raises(UserError, match="statistics for fd-dinov2, expected fid"):
         read_statistics(tmp_path / "a.npz")
-    with pytest.raises(UserError, match="no statistics for sfid"):
+    with pytest.raises(UserError, match="statistics for fd-dinov2, expected sfid"):
         read_statistics(tmp_path / "a.npz", kind="sfid")
 
 
+INCEPTION = replace(OWN, extractor="inception")
+MADE = {"npz": "npz", "edm2": "pkl", "sid": "pkl", "torch-fidelity": "pt"}
+
+
 @pytest.mark.parametrize("kind", ["fid", "fd-dinov2"])
-def test_an_npz_becomes_a_pickle_of_edm2_and_comes_back_equal(tmp_path, kind):
-    write_statistics(tmp_path / "a.npz", OWN, kind=kind)
-    convert(tmp_path / "a.npz", tmp_path / "a.pkl", kind=kind)
+@pytest.mark.parametrize(("one", "other"), sorted(set(product(MADE, MADE)) - {("torch-fidelity", "sid")}))
+def test_every_form_becomes_every_other(tmp_path, one, other, kind):
+    first, second = tmp_path / f"first.{MADE[one]}", tmp_path / f"second.{MADE[other]}"
+    write_statistics(tmp_path / "own.npz", INCEPTION, kind=kind)
+    convert(tmp_path / "own.npz", first, form=one)
+    convert(first, second, kind=kind, form=other)
+    read = read_statistics(second, kind=kind)
+    close(read.with_ddof(1), rtol=1e-6 if "torch-fidelity" in (one, other) else 1e-12)  # Its mean is float32.
+    assert read.n == (None if "torch-fidelity" in (one, other) else N)
+
+
+def test_sums_over_an_unknown_number_of_images_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", mu=MU, sigma=SIGMA)
+    with pytest.raises(UserError, match=r"a\.npz: .*known n above 0, got n = not known"):
+        convert(tmp_path / "a.npz", tmp_path / "a.pkl", form="sid")
+
+
+def test_edm2_reads_a_section_for_each_distance_and_their_number_of_images(tmp_path):
+    write_statistics(
+        tmp_path / "a.npz", INCEPTION, others={"fd-dinov2": replace(OWN, mean=OWN.mean + 1, weights="ab" * 32)}
+    )
+    written, left = convert(tmp_path / "a.npz", tmp_path / "a.pkl")
+    assert (list(written), left) == (["fid", "fd-dinov2"], [])
     plain = pickle.loads((tmp_path / "a.pkl").read_bytes())
-    section = {"fid": "fid", "fd-dinov2": "fd_dinov2"}[kind]
-    assert plain.keys() == {"num_images", section}
+    assert plain.keys() == {"num_images", "fid", "fd_dinov2"}
     assert plain["num_images"] == N
-    np.testing.assert_array_equal(plain[section]["mu"], MU)
-    np.testing.assert_array_equal(plain[section]["sigma"], SIGMA)
-    convert(tmp_path / "a.pkl", tmp_path / "b.npz", kind=kind)
-    back = read_statistics(tmp_path / "b.npz", kind=kind)
-    assert torch.equal(back.covariance, OWN.covariance)
-    assert (back.n, back.ddof) == (N, 1)
+    np.testing.assert_array_equal(plain["fid"]["mu"], MU)
+    np.testing.assert_array_equal(plain["fid"]["sigma"], SIGMA)
+    np.testing.assert_array_equal(plain["fd_dinov2"]["mu"], MU + 1)
+    convert(tmp_path / "a.pkl", tmp_path / "b.npz")
+    both = [read_statistics(tmp_path / "b.npz", kind=kind) for kind in ("fid", "fd-dinov2")]
+    assert [(fit.n, fit.ddof, fit.mean[0].item()) for fit in both] == [(N, 1, MU[0]), (N, 1, MU[0] + 1)]
+    assert read_statistics(tmp_path / "a.npz", kind="fd-dinov2").weights == "ab" * 32
 
 
-def test_converting_adm_keeps_its_spatial_statistics_apart(tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=np.zeros(1), mu=MU, sigma=SIGMA, mu_s=MU[:2], sigma_s=SIGMA[:2, :2])
+def test_statistics_of_another_network_are_not_passed_to_edm2_as_those_of_its_own(tmp_path):
+    write_statistics(tmp_path / "a.npz", OWN)
+    with pytest.raises(UserError, match=r"of extractor inception, got inception-clean"):
+        convert(tmp_path / "a.npz", tmp_path / "a.pkl")
+
+
+class FeatureStats:
+    """How StyleGAN and SiD load their statistics: every item of the pickle becomes an attribute."""
+
+    def __init__(self, path):
+        self.num_items = self.max_items = self.num_features = 0
+        self.raw_mean = self.raw_cov = np.empty(0)
+        self.__dict__.update(pickle.loads(path.read_bytes()))
+
+    def get_mean_cov(self):
+        mean = self.raw_mean / self.num_items
+        return mean, self.raw_cov / self.num_items - np.outer(mean, mean)
+
+
+def test_sid_loads_the_attributes_of_its_feature_stats(tmp_path):
+    write_statistics(tmp_path / "a.npz", OWN)
+    convert(tmp_path / "a.npz", tmp_path / "a.pkl", form="sid")
+    loaded = FeatureStats(tmp_path / "a.pkl")
+    assert vars(loaded).keys() == feature_stats().keys()
+    assert (loaded.num_items, loaded.max_items, loaded.num_features) == (N, N, D)
+    mean, covariance = loaded.get_mean_cov()
+    np.testing.assert_allclose(mean, MU, rtol=1e-14)
+    np.testing.assert_allclose(covariance, SIGMA * (N - 1) / N, rtol=1e-12, atol=1e-12)
+    for name, expected in feature_stats().items():
+        np.testing.assert_allclose(vars(loaded)[name], expected, rtol=1e-12)
+
+
+def test_torch_fidelity_compares_features_with_a_file_that_was_put_into_its_cache(tmp_path):
+    write_statistics(tmp_path / "a.npz", OWN)
+    convert(tmp_path / "a.npz", tmp_path / "refs-network-stat-fid-2048.pt")
+
+    def refuse():
+        raise AssertionError("it is in the cache")
+
+    name = "refs-network-stat-fid-2048"
+    cached = cache_lookup_one_recompute_on_miss(name, refuse, cache=True, cache_root=str(tmp_path), verbose=False)
+    own = fid_features_to_statistics(torch.from_numpy(FEATURES))
+    shifted = fid_features_to_statistics(torch.from_numpy(FEATURES + np.float32(0.5)))
+    for other, distance in ((own, 0), (shifted, 0.25 * D)):
+        found = fid_statistics_to_metric(cached, other, verbose=False)["frechet_inception_distance"]
+        assert found == pytest.approx(distance, rel=1e-6, abs=1e-6)
+
+
+def adm(path):
+    """A reference as guided-diffusion offers them: images, and statistics of more."""
+    images = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
+    np.savez(path, arr_0=images, mu=MU, sigma=SIGMA, mu_s=MU[:2], sigma_s=SIGMA[:2, :2])
+    return images
+
+
+def test_a_reference_of_adm_stays_one_with_its_images_and_spatial_statistics(tmp_path):
+    images = adm(tmp_path / "a.npz")
+    assert convert(tmp_path / "a.npz", tmp_path / "b.npz").left == []
+    written, left = convert(tmp_path / "b.npz", tmp_path / "c.npz", form="adm")
+    assert (list(written), left) == (["fid", "sfid"], [])
+    with np.load(tmp_path / "c.npz") as plain, np.load(tmp_path / "a.npz") as first:
+        np.testing.assert_array_equal(plain["arr_0"], images)
+        for name in first.files:
+            np.testing.assert_array_equal(plain[name], first[name])
+
+
+def test_what_adm_needs_and_is_not_there_is_named(tmp_path):
+    write_statistics(tmp_path / "a.npz", OWN)
+    with pytest.raises(UserError, match=r"a\.npz: .* there is no arr_0, no mu_s, no sigma_s; another --form"):
+        convert(tmp_path / "a.npz", tmp_path / "b.npz", form="adm")
+
+
+def test_what_a_form_has_no_place_for_is_said(tmp_path):
+    adm(tmp_path / "a.npz")
+    written, left = convert(tmp_path / "a.npz", tmp_path / "a.pkl")
+    assert (list(written), left) == (["fid"], ["sfid", "images (arr_0)"])
+    written, left = convert(dumped(tmp_path / "b.pkl", edm2()), tmp_path / "b.pt")
+    assert (list(written), left) == (["fid"], ["fd-dinov2"])
+
+
+def test_one_kind_of_several_is_converted_alone(tmp_path):
+    adm(tmp_path / "a.npz")
     convert(tmp_path / "a.npz", tmp_path / "s.npz", kind="sfid")
     assert np.load(tmp_path / "s.npz")["sigma_s"].shape == (2, 2)
     assert len(read_statistics(tmp_path / "s.npz", kind="sfid").mean) == 2
-    with pytest.raises(UserError, match="EDM2's file holds fid and fd-dinov2"):
+    with pytest.raises(UserError, match="holds fid or fd-dinov2, got sfid"):
         convert(tmp_path / "a.npz", tmp_path / "s.pkl", kind="sfid")
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "reason"),
+    [
+        ("b.txt", None, r"npz \(\.npz\), .* got .*b\.txt"),
+        ("b.npz", "edm2", r"got .*b\.npz for --form edm2"),
+        ("b.npz", "matlab", "got --form matlab"),
+    ],
+)
+def test_a_form_that_is_none_or_of_another_suffix_is_refused(tmp_path, name, form, reason):
+    write_statistics(tmp_path / "a.npz", OWN)
+    with pytest.raises(UserError, match=reason):
+        convert(tmp_path / "a.npz", tmp_path / name, form=form)
+    assert not (tmp_path / name).exists()
 
 
 def test_converting_feature_stats_divides_by_n_minus_1_as_the_readers_of_npz_expect(tmp_path):
@@ -477,18 +597,10 @@ def test_a_reference_from_a_file_is_at_zero_from_its_own_features(tmp_path):
     assert Reference(read_statistics(tmp_path / "a.npz").moments()).distance(TRUTH) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.txt", "a"])
+@pytest.mark.parametrize("name", ["a.pkl", "a.txt", "a"])
 def test_other_suffixes_are_not_written(tmp_path, name):
-    with pytest.raises(UserError, match=r"written as \.npz or \.pkl"):
+    with pytest.raises(UserError, match=r"written as \.npz, got"):
         write_statistics(tmp_path / name, OWN)
-
-
-def test_what_edm2_has_no_place_for_is_refused_and_not_dropped(tmp_path):
-    with pytest.raises(UserError, match="neither a protocol nor weights"):
-        write_statistics(tmp_path / "a.pkl", OWN, protocol=protocol("clean"))
-    with pytest.raises(UserError, match="over n - 1, got fid over n - 0"):
-        write_statistics(tmp_path / "a.pkl", replace(OWN, ddof=0))
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -55,6 +55,8 @@ class Extractor(ABC):
     """``d`` of the features."""
     weights: str
     """sha256 of the file that the network was read from."""
+    dtype: ClassVar[Literal["float32", "float64"]] = "float32"
+    """Of the features, and so of those that are kept on disk."""
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Features:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .protocols import FRECHET, Protocol
 from .ranks import add_up, gathered, rank_and_world, together
 from .resampling import prepare_mixed
 from .sources import Batch, Source, batches
-from .store import FeatureStore
+from .store import FeatureStore, at_least_float32
 
 Stream = Callable[[Sequence[int]], Iterable[Batch]]
 """Images of the given ids, in order."""
@@ -37,6 +38,8 @@ class Network:
     """Features of images ``(B, C, H, W)`` that are the samples of these ids."""
     weights: str
     """sha256 of its file."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of its features."""
     marked: bool = False
     """Whether a metric wants images in an order that their files have no say in."""
 
@@ -75,7 +78,7 @@ def _extracting(extractor: Extractor, steps: tuple[str, ...], marked: bool) -> N
     def see(images: Tensor, ids: Sequence[int]) -> Features:
         return extractor(images)
 
-    return Network(extractor.name, extractor.dimension, steps, see, extractor.weights, marked)
+    return Network(extractor.name, extractor.dimension, steps, see, extractor.weights, extractor.dtype, marked)
 
 
 def _scoring(scorer: ClipScorer, prompts: Sequence[str], steps: tuple[str, ...]) -> Network:
@@ -240,6 +243,7 @@ def _read(part: Collected, store: FeatureStore, ids: range, rank: int, world: in
     for number, (own, found) in enumerate(store.shards()):
         if number % world == rank and own.start < ids.stop:
             inside = slice(0, ids.stop - own.start)
-            logits = None if found.logits is None else found.logits[inside].float()
+            logits = None if found.logits is None else at_least_float32(found.logits[inside])
             marks = None if found.marks is None else found.marks[inside]
-            part.add(range(own.start, min(own.stop, ids.stop)), Features(found.features[inside].float(), logits, marks))
+            features = at_least_float32(found.features[inside])
+            part.add(range(own.start, min(own.stop, ids.stop)), Features(features, logits, marks))

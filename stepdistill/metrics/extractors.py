@@ -24,6 +24,7 @@ class Digits(Extractor):
 
     name = "digits"
     dimension = DigitsExtractor.dimension
+    dtype = "float64"
 
     def __init__(self, *, device: torch.device | str = "cpu") -> None:
         self.weights = sha256_of(bundled("assets") / f"{DigitsExtractor.name}.safetensors")

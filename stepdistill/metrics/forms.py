@@ -104,6 +104,24 @@ def content_of(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is truncated or not an .npz: {first_line(error)}") from error
 
 
+def array_names(kind: str, *, beside: bool = False) -> tuple[str, str]:
+    """Mean and covariance in an ``.npz``, ``beside`` those of a kind that has the usual names."""
+    if kind == "sfid":
+        return "mu_s", "sigma_s"
+    return (f"{KINDS[kind]}_mu", f"{KINDS[kind]}_sigma") if beside else ("mu", "sigma")
+
+
+def kinds_in(content: dict[str, Any]) -> list[str]:
+    """The kinds that the file says it holds; ``fid`` where it says nothing."""
+    if _is_own(content):
+        meta = json.loads(content["meta"].item())
+        return [meta["kind"], *meta.get("others", {})]
+    sections = [kind for kind, section in KINDS.items() if section in content]
+    spatial = set(array_names("sfid")) <= content.keys()
+    usual = ["fid"] if not spatial or "mu" in content else []
+    return sections or [*usual, *(["sfid"] if spatial else [])]
+
+
 def statistics_in(content: dict[str, Any], kind: str) -> Statistics:
     """The statistics of ``kind`` in what any of the tools wrote, not yet checked against each other.
 
@@ -111,15 +129,13 @@ def statistics_in(content: dict[str, Any], kind: str) -> Statistics:
         UserError: there are none, or their arrays are not finite floats of the right number of dimensions.
     """
     section = KINDS[kind]
-    mean, covariance = ("mu_s", "sigma_s") if kind == "sfid" else ("mu", "sigma")
+    mean, covariance = array_names(kind)
     if section in content:
         extractor = "inception" if kind == "fid" else None
         return _fit(content[section], "mu", "sigma", "EDM2", n=content.get("num_images"), extractor=extractor)
+    if _is_own(content):
+        return _own(content, kind)
     if mean in content and covariance in content:
-        if {"meta", "ddof"} <= content.keys():
-            if f"{section}_mu" in content:
-                return _own_other(content, kind, f"{section}_mu", f"{section}_sigma")
-            return _own(content, kind, mean, covariance)
         return _fit(content, mean, covariance, "mu and sigma")
     if "raw_mean" in content and kind != "sfid":
         return _stylegan(content)
@@ -130,20 +146,25 @@ def statistics_in(content: dict[str, Any], kind: str) -> Statistics:
     raise UserError(f"it holds no statistics for {kind}; it holds {', '.join(sorted(map(str, content))) or 'nothing'}")
 
 
-def _own(content: dict[str, Any], kind: str, mean: str, covariance: str) -> Statistics:
+def _is_own(content: dict[str, Any]) -> bool:
+    return {"meta", "ddof"} <= content.keys()
+
+
+def _own(content: dict[str, Any], kind: str) -> Statistics:
     """Of this package's own file."""
     meta = json.loads(content["meta"].item())
-    if meta["kind"] != kind:
-        raise UserError(f"it holds statistics for {meta['kind']}, expected {kind}")
-    fit = _fit(content, mean, covariance, "", n=int(content["n"]) if "n" in content else None)
-    features = _rows("feats", content["feats"]) if "feats" in content else None
-    return replace(fit, ddof=int(content["ddof"]), extractor=meta["extractor"], features=features, meta=meta)
-
-
-def _own_other(content: dict[str, Any], kind: str, mean: str, covariance: str) -> Statistics:
-    """Of this package's own file, beside those that other tools find in it."""
-    told = json.loads(content["meta"].item())["others"][kind]
-    return replace(_fit(content, mean, covariance, "", n=told["n"]), ddof=told["ddof"], extractor=told["extractor"])
+    if told := meta.get("others", {}).get(kind):
+        fit, ddof, features = _fit(content, *array_names(kind, beside=True), "", n=told["n"]), told["ddof"], None
+    elif meta["kind"] == kind:
+        fit = _fit(content, *array_names(kind), "", n=int(content["n"]) if "n" in content else None)
+        told, ddof = meta, int(content["ddof"])
+        features = _rows("feats", content["feats"]) if "feats" in content else None
+    else:
+        raise UserError(f"it holds statistics for {' and '.join(kinds_in(content))}, expected {kind}")
+    weights, meta = told.get("weights_sha256"), {} if told is not meta else meta
+    return replace(
+        fit, ddof=ddof, extractor=told["extractor"], features=features, weights=weights, meta=meta or fit.meta
+    )
 
 
 def _stylegan(content: dict[str, Any]) -> Statistics:

@@ -19,7 +19,8 @@ class PRDC:
     """Each with an error over new samples on both sides, by the jackknife of either.
 
     Balls change abruptly as samples leave: the errors come out 1.0 to 2 times the spread of repetitions.  Binomial ones
-    take the balls as given, and come out down to a third of it.
+    take the balls as given, and come out down to a third of it.  Two errors cover what is expected of so many samples
+    in 94 to 99 of 100 repetitions where the sets overlap, and in 85 where few reference samples lie near the generated.
     """
 
     precision: Value

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import zipfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, NamedTuple
 
-import numpy as np
-
+from ..arrays import open_npz
 from ..errors import UserError, first_line
-from .feature_sets import BLOCK, Rows
-from .forms import KINDS, Statistics, content_of, statistics_in
-from .pickled import pickled
+from .forms import KINDS, Statistics, content_of, kinds_in, statistics_in
 from .protocols import Protocol
+from .written_forms import form_of, write_npz
 
 _ROUNDING = 1e-5
 """What a sum in float32 may leave, relative to the largest entry: across the diagonal, and below zero on it."""
@@ -69,31 +64,28 @@ def write_statistics(
     protocol: Protocol | None = None,
     weights: str | None = None,
 ) -> None:
-    """Write ``.npz`` that other tools read as theirs, or EDM2's ``.pkl``; a failure leaves the old file, if any.
+    """Write this package's ``.npz``, which EDM, pytorch-fid and clean-fid read as theirs.
 
     Args:
-        path: the file; its folder exists.
+        path: the file; its folder exists.  A failure leaves the old one, if any.
         statistics: what to write, with its ddof; other tools take it as 1.
         kind: what they are for.
-        others: of other kinds, which only this package reads and whose features are not kept.
+        others: of other kinds, whose features are not kept.
         protocol: how they were made, kept as text and digest.
         weights: sha256 of the extractor's weights.
 
     Raises:
-        UserError: the file cannot be written, or its format has no place for this.
+        UserError: the file cannot be written.
     """
     path = Path(path)
     _known(kind)
-    if path.suffix == ".npz":
-        told = _told(statistics, kind, protocol, weights or statistics.weights)
-        _write_whole(path, lambda file: _npz(file, statistics, kind, others or {}, told))
-    elif path.suffix == ".pkl" and not (protocol or weights or others):
-        data = _edm2(statistics, kind)
-        _write_whole(path, lambda file: file.write(data))
-    elif path.suffix == ".pkl":
-        raise UserError(f"EDM2's file keeps neither a protocol nor weights; write .npz, got {path}")
-    else:
-        raise UserError(f"statistics are written as .npz or .pkl (EDM2), got {path}")
+    if path.suffix != ".npz":
+        raise UserError(f"statistics are written as .npz, got {path}; `convert` rewrites them in other forms")
+    if protocol:
+        told = {"name": protocol.name, "digest": protocol.digest(), "text": protocol.text()}
+        statistics = replace(statistics, meta={**statistics.meta, "protocol": told})
+    found = {kind: replace(statistics, weights=weights or statistics.weights), **(others or {})}
+    _write_whole(path, lambda file: write_npz(file, found))
 
 
 def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -114,15 +106,41 @@ def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def convert(source: str | Path, target: str | Path, *, kind: str = "fid") -> Statistics:
-    """Write the statistics in ``source`` to ``target`` (``.npz`` or ``.pkl``), over ``n - 1`` as its readers expect.
+class Converted(NamedTuple):
+    """What a conversion did with a file."""
+
+    written: dict[str, Statistics]
+    left: list[str]
+    """Names of what the new file has no place for."""
+
+
+def convert(source: str | Path, target: str | Path, *, kind: str | None = None, form: str | None = None) -> Converted:
+    """Write the statistics in ``source`` to ``target`` as another tool reads them, over the divisor that it expects.
+
+    Args:
+        source: any file of ``read_statistics``.
+        target: the file to write.
+        kind: of ``KINDS``; all that are there and that the form has room for, by default.
+        form: of ``FORMS``; the first of the target's suffix by default.
 
     Raises:
-        UserError: as for reading and writing, or a covariance over ``n`` of unknown ``n``.
+        UserError: as for reading and writing; or the form needs what is not there, such as the number of images.
     """
-    statistics = read_statistics(source, kind=kind).with_ddof(1)
-    write_statistics(target, statistics, kind=kind)
-    return statistics
+    source, target = Path(source), Path(target)
+    chosen, content = form_of(target, form), content_of(source)
+    try:
+        kinds = kinds_in(content) if kind is None else [kind]
+    except (AttributeError, KeyError, ValueError) as error:
+        raise UserError(f"{source} holds statistics in a form that is not known: {first_line(error)}") from error
+    found = {each: read_statistics(source, kind=each) for each in kinds}
+    try:
+        taken = chosen.taken(found, images="arr_0" in content)
+        images = open_npz(source, "arr_0") if chosen.images and "arr_0" in content else None
+        _write_whole(target, lambda file: chosen.write(file, taken, images))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    left = [each for each in found if each not in taken]
+    return Converted(taken, left if images or "arr_0" not in content else [*left, "images (arr_0)"])
 
 
 def _known(kind: str) -> None:
@@ -148,65 +166,8 @@ def _check(statistics: Statistics, extractor: str | None, dimension: int | None)
         raise UserError("sigma has negative variances, so it is not a covariance")
 
 
-def _told(statistics: Statistics, kind: str, protocol: Protocol | None, weights: str | None) -> dict[str, Any]:
-    packages = ("stepdistill", "torch", "numpy", "pillow")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    told = {"versions": versions, **statistics.meta, "kind": kind, "extractor": statistics.extractor}
-    if protocol:
-        told["protocol"] = {"name": protocol.name, "digest": protocol.digest(), "text": protocol.text()}
-    if weights:
-        told["weights_sha256"] = weights
-    return told
-
-
 def _check_way(statistics: Statistics, sees: str | None) -> None:
     text = statistics.meta.get("protocol", {}).get("text", "")
     ways = dict.fromkeys(line.partition(" sees: ")[2] for line in text.splitlines() if " sees: " in line)
     if sees is not None and ways and sees not in ways:
         raise UserError(f"statistics of {' and '.join(ways)}, expected {sees}; make them anew with `ref`")
-
-
-def _npz(
-    file: IO[bytes], statistics: Statistics, kind: str, others: Mapping[str, Statistics], meta: dict[str, Any]
-) -> None:
-    mean, covariance = ("mu_s", "sigma_s") if kind == "sfid" else ("mu", "sigma")
-    arrays: dict[str, Any] = {
-        mean: statistics.mean.cpu().numpy(),
-        covariance: statistics.covariance.cpu().numpy(),
-        "ddof": np.array(statistics.ddof),
-        "meta": np.array(json.dumps(meta | ({"others": _brief(others)} if others else {}))),
-    }
-    if statistics.n is not None:
-        arrays["n"] = np.array(statistics.n)
-    for other, found in others.items():
-        arrays[f"{KINDS[other]}_mu"] = found.mean.cpu().numpy()
-        arrays[f"{KINDS[other]}_sigma"] = found.covariance.cpu().numpy()
-    np.savez(file, **arrays)
-    if statistics.features is not None:
-        _append_features(file, statistics.features)
-
-
-def _brief(others: Mapping[str, Statistics]) -> dict[str, Any]:
-    """What ``_fit`` does not find in the arrays."""
-    return {
-        kind: {"n": found.n, "ddof": found.ddof, "extractor": found.extractor, "weights_sha256": found.weights}
-        for kind, found in others.items()
-    }
-
-
-def _append_features(file: IO[bytes], features: Rows) -> None:
-    """Add ``feats`` to the ``.npz`` in ``file``, some rows at a time."""
-    dtype = features[:1].cpu().numpy().dtype
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(features.shape)}
-    with zipfile.ZipFile(file, "a") as archive, archive.open("feats.npy", "w", force_zip64=True) as member:
-        np.lib.format.write_array_header_1_0(member, header)
-        for start in range(0, len(features), BLOCK):
-            member.write(features[start : start + BLOCK].cpu().numpy().tobytes())
-
-
-def _edm2(statistics: Statistics, kind: str) -> bytes:
-    section = KINDS[kind]
-    if section is None or statistics.ddof != 1:
-        raise UserError(f"EDM2's file holds fid and fd-dinov2 over n - 1, got {kind} over n - {statistics.ddof}")
-    fit = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
-    return pickled({section: fit} if statistics.n is None else {"num_images": statistics.n, section: fit})

@@ -24,8 +24,8 @@ from .feature_sets import check_features
 
 MANIFEST = "manifest.json"
 _SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
-_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_TAGS = {"float16": "F16", "float32": "F32"}
+_DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_TAGS = {"float16": "F16", "float32": "F32", "float64": "F64"}
 """What safetensors calls them."""
 
 
@@ -43,7 +43,7 @@ class Manifest:
     """The network and what is done to an image before it: weights, resizing."""
     classes: int = 0
     """Logits kept beside them, 0 for none."""
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32", "float64"] = "float16"
     """On disk; float16 moves a Frechet distance by 1e-6 of it."""
     shard_size: int = 1000
     """Shard ``k`` holds samples ``[k shard_size, (k + 1) shard_size)``, or several hold parts of it."""
@@ -140,7 +140,7 @@ class FeatureStore:
             yield shard.ids, Features(tensors["features"], tensors.get("logits"), tensors.get("marks"))
 
     def read(self, ids: range) -> Features:
-        """Float32 features (and logits) of consecutive ``ids``.
+        """Features (and logits) of consecutive ``ids``, float32 or more.
 
         Raises:
             UserError: some are missing, or as ``done``.
@@ -151,9 +151,9 @@ class FeatureStore:
         features, logits = [], []
         for own, part in self.shards():
             rows = slice(max(ids.start - own.start, 0), max(ids.stop - own.start, 0))
-            features.append(part.features[rows].float())
+            features.append(at_least_float32(part.features[rows]))
             if part.logits is not None:
-                logits.append(part.logits[rows].float())
+                logits.append(at_least_float32(part.logits[rows]))
         return Features(torch.cat(features), torch.cat(logits) if logits else None)
 
     def _cells(self, ids: range) -> Iterator[range]:
@@ -229,6 +229,11 @@ class FeatureStore:
                 f"cannot write {self.folder / name}: {error.strerror}; what was written before is kept: mend that and "
                 "run again"
             ) from None
+
+
+def at_least_float32(stored: Tensor) -> Tensor:
+    """``stored`` in a dtype to reckon with."""
+    return stored.to(torch.promote_types(stored.dtype, torch.float32))
 
 
 def read_manifest(folder: Path) -> Manifest:
