@@ -155,3 +155,14 @@ def test_a_student_that_was_told_a_range_of_scales_is_still_told_one(quick, tmp_
     assert "guidance_scale=3.0" in lines_of(run.outcome.student_folder)
     pipeline: Any = DiffusionPipeline.from_pretrained(run.outcome.student_folder)
     assert pipeline.transformer.config.guidance_embeds
+
+
+def test_adapters_rest_on_a_network_that_must_still_be_told_the_scale(quick, tmp_path):
+    """The export compares them with the sampler by the lines' own call."""
+    settings = {"name": "sid", "input": "unit", "init_ratio": float("inf")}
+    training = {"batch_size": 2, "trackers": [], "lora": {"student": {"rank": 2}}, "optimizer": {"lr": 1e-2}}
+    teacher = build("flux", tmp_path / "teacher")
+    data = {"guidance_scale": 2.0}
+    run = trained(teacher, tmp_path / "run", settings, 16, data=data, training=training)
+    assert "guidance_scale=2.0" in lines_of(run.folder / "student_lora")
+    assert "guidance_scale" not in lines_of(run.outcome.student_folder)
