@@ -285,7 +285,7 @@ def test_encoded_prompts_that_cannot_be_kept_are_an_error_that_names_the_file(tm
     [
         (("calc", "builtin:digits", "builtin:digits", "--metrics", "fid,"), "metric is one of"),
         (("ref", "builtin:digits", "--preset", "digits", "--out", "nowhere/ref.npz"), "in a folder that exists"),
-        (("ref", "builtin:digits", "--preset", "digits", "--out", "ref.pkl"), "see `convert` for .pkl"),
+        (("ref", "builtin:digits", "--preset", "digits", "--out", "ref.pkl"), "`convert` makes others of it"),
         (("ref", "builtin:digits", "--preset", "cmmd", "--out", "ref.npz"), "has no Frechet distance"),
         (("convert", "nowhere.npz", "copy.npz"), "nowhere.npz is not a file"),
         (("compare", "nowhere", "nowhere"), "holds no finished run"),
