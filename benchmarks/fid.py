@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 
 from stepdistill import scoring
 from stepdistill.metrics.base import Extractor, Features
+from stepdistill.metrics.collecting import Network, collect, reader
 from stepdistill.metrics.frechet import FeatureSums, Moments, Reference
 from stepdistill.metrics.resampling import prepare
 from stepdistill.metrics.sources import batches, open_source
@@ -127,7 +128,7 @@ def ours(path: Path, workers: int) -> Iterator[Tensor]:
         rgb=True,
         transform=lambda image: prepare(image[None], CLEAN)[0],
     ):
-        yield torch.stack(batch.images)
+        yield torch.stack(list(batch.made))
 
 
 def clean_fid(folder: Path, workers: int) -> DataLoader:
@@ -143,9 +144,19 @@ def exhaust(batches: Iterator[Tensor] | DataLoader) -> None:
 
 
 @torch.no_grad()
-def seen(batches: Iterator[Tensor] | DataLoader, network: nn.Module) -> Tensor:
-    """Features of every batch, kept as clean-fid does."""
-    return torch.cat([network((batch - 128) / 128) for batch in batches])
+def fit_of(folder: Path, workers: int, network: nn.Module) -> Moments:
+    """Mean and covariance of the features of a folder, with ten groups for their error, as ``stepdistill fid calc``."""
+    source = open_source(folder)
+    stream = reader(source, batch_size=BATCH, workers=workers, skip_broken=None)
+    told = Network("small", 2048, tuple(CLEAN), lambda images, ids: Features(network((images - 128) / 128)), "random")
+    return collect(stream, len(source), {"fid": told}, device=torch.device("cpu"))["fid"].sums.moments()
+
+
+@torch.no_grad()
+def fit_of_clean_fid(folder: Path, workers: int, network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """The same as clean-fid's ``make_custom_stats``: all features first."""
+    features = np.concatenate([network((batch - 128) / 128).numpy() for batch in clean_fid(folder, workers)])
+    return np.mean(features, axis=0), np.cov(features, rowvar=False)
 
 
 def small_network() -> nn.Module:
@@ -161,14 +172,14 @@ def difference(path: Path, folder: Path) -> float:
 
 
 def files(count: int, size: int, workers: int, repeats: int) -> dict[str, object]:
-    """Features of a folder of PNGs: decoded, resized, and seen by one network."""
+    """Mean and covariance of a folder of PNGs: decoded, resized, and seen by one network."""
     network = small_network()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for k, pixels in enumerate(pictures(count, size)):
             Image.fromarray(pixels).save(folder / f"{k:06d}.png")
         result = paired(
-            lambda: seen(ours(folder, workers), network), lambda: seen(clean_fid(folder, workers), network), repeats
+            lambda: fit_of(folder, workers, network), lambda: fit_of_clean_fid(folder, workers, network), repeats
         )
         return {"images": count, "largest difference": difference(folder, folder), **result}
 

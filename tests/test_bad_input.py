@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import resource
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def refused(capsys, *arguments):
     """What is said of bad input, on one line."""
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
-    [said] = [line for line in err.splitlines() if line and "it/s]" not in line]  # No bars of progress.
+    # A bar of progress that broke off has no end of line.
+    [said] = [line for line in re.sub(r"\r[^\r\n]*?it/s\]", "", err).splitlines() if line]
     assert said.startswith("error: ")
     return said
 
@@ -245,7 +247,7 @@ def test_a_full_disk_keeps_every_shard_written_before_and_the_run_goes_on(tmp_pa
     first.unlink()
     (tmp_path / "kept" / "run.json").unlink()
     before = last.read_bytes()
-    full_disk(300_000)  # The first shard holds 1,000 features of 320 bytes.
+    full_disk(300_000)  # The first shard holds 1,000 features of 640 bytes.
     assert f"cannot write {first}: File too large; what was written before is kept" in refused(capsys, *told)
     full_disk(None)
     assert sorted((tmp_path / "kept").rglob("*.*")) == sorted([last, last.parent / "manifest.json"])
@@ -285,7 +287,7 @@ def test_encoded_prompts_that_cannot_be_kept_are_an_error_that_names_the_file(tm
     [
         (("calc", "builtin:digits", "builtin:digits", "--metrics", "fid,"), "metric is one of"),
         (("ref", "builtin:digits", "--preset", "digits", "--out", "nowhere/ref.npz"), "in a folder that exists"),
-        (("ref", "builtin:digits", "--preset", "digits", "--out", "ref.pkl"), "see `convert` for .pkl"),
+        (("ref", "builtin:digits", "--preset", "digits", "--out", "ref.pkl"), "`convert` makes others of it"),
         (("ref", "builtin:digits", "--preset", "cmmd", "--out", "ref.npz"), "has no Frechet distance"),
         (("convert", "nowhere.npz", "copy.npz"), "nowhere.npz is not a file"),
         (("compare", "nowhere", "nowhere"), "holds no finished run"),

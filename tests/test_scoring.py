@@ -21,6 +21,8 @@ from stepdistill.fid import main
 from stepdistill.generating import gen, stored, summed_up
 from stepdistill.images import load_digits, to_picture
 from stepdistill.metrics.base import Extractor, Features, Value
+from stepdistill.metrics.digits import DigitsExtractor
+from stepdistill.metrics.kid import kid_subsets
 from stepdistill.metrics.presets import protocol
 from stepdistill.sample import tracing
 from stepdistill.sampling import Sampling
@@ -83,6 +85,23 @@ def test_the_order_of_images_changes_no_value(sources, tmp_path, capsys):
         for images in (sources / "array.npz", tmp_path / "shuffled.npz")
     )
     assert found == {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_subsets_of_kid_are_those_of_the_library_on_the_same_features(tmp_path, world):
+    images, others = DIGITS[:1200], 255 - DIGITS[-1100:]
+    for name, content in (("images", images), ("others", others)):
+        np.savez(tmp_path / f"{name}.npz", content)
+    told = Options(preset="digits", metrics=("kid-subsets",), workers=0)
+    extract = DigitsExtractor()
+    expected = kid_subsets(*(extract(torch.from_numpy(content)[:, None]) for content in (images, others)))
+    assert len(expected.repeats) == 100
+    for found in in_processes(
+        world, lambda: calc(str(tmp_path / "images.npz"), str(tmp_path / "others.npz"), told)["metrics"]["kid-subsets"]
+    ):
+        assert found["value"] == pytest.approx(expected.value, rel=1e-9)
+        assert found["repeats"] == pytest.approx(expected.repeats, rel=1e-9)
+        assert (found["se"], found["n"], found["n_ref"]) == (None, 1200, 1100)
 
 
 def test_a_launcher_gives_two_processes_the_numbers_of_one(sources, capsys):

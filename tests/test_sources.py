@@ -266,7 +266,9 @@ def test_a_transform_is_done_to_every_image_where_it_is_read():
         seen.append(threading.get_ident())
         return image.float() / 2
 
-    images = read(MemorySource(torch.full((7, 1, 2, 2), 9, dtype=torch.uint8)), workers=2, transform=transform)[1]
-    assert torch.equal(torch.stack(images), torch.full((7, 1, 2, 2), 4.5))
+    source = MemorySource(torch.full((7, 1, 2, 2), 9, dtype=torch.uint8))
+    [batch] = batches(source, range(7), batch_size=7, workers=2, transform=transform)
+    assert torch.equal(torch.stack(batch.images), torch.full((7, 1, 2, 2), 9, dtype=torch.uint8))
+    assert torch.equal(torch.stack(list(batch.made)), torch.full((7, 1, 2, 2), 4.5))
     assert len(seen) == 7
     assert caller not in seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -15,15 +15,20 @@ from ..errors import UserError
 from .base import Extractor, Features
 from .clip import ClipScorer
 from .feature_file import FeatureFile
+from .feature_sets import BLOCK
 from .frechet import FeatureSums
 from .protocols import FRECHET, Protocol
 from .ranks import add_up, gathered, rank_and_world, together
-from .resampling import prepare_mixed
+from .resampling import prepare, prepare_mixed, stacked
 from .sources import Batch, Source, batches
 from .store import FeatureStore, at_least_float32
 
-Stream = Callable[[Sequence[int]], Iterable[Batch]]
-"""Images of the given ids, in order."""
+Steps = tuple[str, ...]
+"""See ``resampling.prepare``."""
+Transform = Callable[[Tensor], Mapping[Steps, Tensor]]
+"""An image after each of several chains of steps."""
+Stream = Callable[[Sequence[int], Transform | None], Iterable[Batch]]
+"""Images of the given ids, in order, and what was made of them where that could be done as they were read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +37,7 @@ class Network:
 
     name: str
     dimension: int
-    steps: tuple[str, ...]
-    """See ``resampling.prepare``."""
+    steps: Steps
     see: Callable[[Tensor, Sequence[int]], Features]
     """Features of images ``(B, C, H, W)`` that are the samples of these ids."""
     weights: str
@@ -97,6 +101,8 @@ class Collected:
     """Those of single images, where a metric compares them."""
     logits: FeatureFile | None = None
     marks: FeatureFile | None = None
+    waiting: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    """Ids and features that are to be summed: many at once take a fraction of the time."""
 
     @classmethod
     def of(cls, network: Network, metrics: Sequence[str]) -> Collected:
@@ -107,7 +113,9 @@ class Collected:
 
     def add(self, ids: Sequence[int], found: Features) -> None:
         """Take the features of the samples ``ids``."""
-        self.sums.add(found.features, ids)
+        self.waiting.append((ids, found.features))
+        if sum(len(each) for each, _ in self.waiting) >= BLOCK:
+            self._sum()
         marks = None if found.marks is None else found.marks[:, None]
         for file, rows in zip(self._files, (found.features, found.logits, marks), strict=True):
             if file is not None and rows is not None:
@@ -115,10 +123,17 @@ class Collected:
 
     def join(self) -> None:
         """Take what the other processes have collected too."""
+        self._sum()
         add_up(self.sums.count, self.sums.sum, self.sums.outer)
         for file in self._files:
             if file is not None:
                 file.join()
+
+    def _sum(self) -> None:
+        if self.waiting:
+            ids = [k for part, _ in self.waiting for k in part]
+            self.sums.add(torch.cat([features for _, features in self.waiting]), ids)
+            self.waiting.clear()
 
     @property
     def _files(self) -> tuple[FeatureFile | None, ...]:
@@ -144,8 +159,16 @@ def _in_order(parts: Sequence[tuple[Sequence[int], Features]]) -> Features:
 def reader(source: Source, *, batch_size: int, workers: int, skip_broken: list[str] | None) -> Stream:
     """The images of ``source``, grey ones as RGB."""
 
-    def stream(ids: Sequence[int]) -> Iterable[Batch]:
-        return batches(source, ids, batch_size=batch_size, workers=workers, rgb=True, skip_broken=skip_broken)
+    def stream(ids: Sequence[int], transform: Transform | None) -> Iterable[Batch]:
+        return batches(
+            source,
+            ids,
+            batch_size=batch_size,
+            workers=workers,
+            rgb=True,
+            transform=transform,
+            skip_broken=skip_broken,
+        )
 
     return stream
 
@@ -196,8 +219,19 @@ def collect(
 def _shown(
     stream: Stream, ids: Sequence[int], told: Sequence[Network], device: torch.device
 ) -> Iterator[tuple[list[int], dict[Network, Features]]]:
-    for batch in stream(ids):
-        prepared = {steps: prepare_mixed(batch.images, steps, device) for steps in {each.steps for each in told}}
+    wanted = {each.steps for each in told}
+
+    def prepared_alone(image: Tensor) -> dict[Steps, Tensor]:
+        return {steps: prepare(image[None], steps)[0] for steps in wanted}
+
+    # A GPU prepares a batch at once; on a CPU the threads that read do it.
+    for batch in stream(ids, prepared_alone if device.type == "cpu" else None):
+        prepared = {
+            steps: stacked([made[steps] for made in batch.made], steps)
+            if batch.made
+            else prepare_mixed(batch.images, steps, device)
+            for steps in wanted
+        }
         seen = {network: network.see(prepared[network.steps], batch.ids) for network in told}
         yield batch.ids, {n: f._replace(marks=_marks(batch.images)) if n.marked else f for n, f in seen.items()}
 

@@ -94,13 +94,22 @@ def prepare_mixed(images: Sequence[Tensor], steps: Sequence[str], device: torch.
         batch = prepare(torch.stack([images[k] for k in places]).to(device), steps)
         for k, image in zip(places, batch, strict=True):
             prepared[k] = image
+    return stacked(prepared, steps)
+
+
+def stacked(prepared: Sequence[Tensor], steps: Sequence[str]) -> Tensor:
+    """Images ``(C, h, w)`` that went through ``steps`` as one ``(B, C, h, w)``.
+
+    Raises:
+        UserError: they have several sizes.
+    """
     sizes = sorted({f"{image.shape[2]}x{image.shape[1]}x{image.shape[0]}" for image in prepared})
     if len(sizes) > 1:
         raise UserError(
             f"images must have one width x height x channels after {list(steps)}, got {', '.join(sizes)}; "
             f"add a step such as center-crop or 'bicubic N'"
         )
-    return torch.stack(prepared)
+    return torch.stack(list(prepared))
 
 
 def _apply(images: Tensor, step: str) -> Tensor:
