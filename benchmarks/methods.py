@@ -45,10 +45,10 @@ from stepdistill.trainer import Trainer
 RECIPES = [
     name
     for name in bundled_configs()
-    if name.startswith("digits_") and not name.startswith("digits_text_") and not name.endswith("_long")
+    if name.startswith("digits_") and not any(other in name for other in ("_text_", "_long", "_then_"))
 ]
 """Of the one teacher that all of them are compared on."""
-VARIANTS = {
+FEW_STEPS = {
     "digits_sid_2": ("digits_sid_few_step", "method.steps=2"),
     "digits_dmd_2": ("digits_dmd", "method.steps=2", "method.init_ratio=2.5"),
     "digits_dmd_4": ("digits_dmd", "method.steps=4", "method.init_ratio=2.5"),
@@ -58,16 +58,8 @@ VARIANTS = {
     "digits_tbcm_4": ("digits_tbcm", "method.steps=4"),
     "digits_tscd_2": ("digits_tscd", "method.segments=[8,4,2]", "method.stage_steps=[640,640]"),
     "digits_tscd_4": ("digits_tscd", "method.segments=[8,4]", "method.stage_steps=[1000]"),
-    "digits_tscd_dmd": (
-        "digits_tscd",
-        "method.score.name=dmd",
-        "method.score={name: dmd, fake_updates: 1, student_times: {low_ratio: 0.1, high_ratio: 10.0}, "
-        "fake_times: {low_ratio: 0.06, high_ratio: 12.0}}",
-        "method.stage_steps=[150,150,150]",
-        "training.role_optimizers={fake: {name: adam, lr: 4.0e-4, betas: [0.0, 0.99]}}",
-    ),
 }
-"""Other rows, a recipe and what it is told: more calls, where a method has them, and TSCD as Hyper-SD ends it."""
+"""The same with more calls, where a method has them: a recipe and what it is told."""
 TEACHER_STEPS = (50, 32, 16, 8, 4, 2, 1)
 Runs = dict[str, list[dict[str, Any]]]
 """What every seed of a row reached."""
@@ -91,7 +83,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Cost:
-    """Thousand rows of a step: ``recording`` in the first ``recorded`` steps, of another phase, then ``learning``."""
+    """Thousand rows of a step: ``recording`` in the first ``recorded`` steps (DisBack's), then ``learning``."""
 
     recorded: int
     recording: float
@@ -107,10 +99,7 @@ class Cost:
 
 
 class Started:
-    """A recipe past its first steps, with what these cost; TSCD's first states are made, DisBack's path recorded.
-
-    A TSCD whose samples are scored in its last stage is past the stages before.
-    """
+    """A recipe past its first steps, with what these cost; TSCD's first states are made, DisBack's path recorded."""
 
     def __init__(self, config: Config) -> None:
         from stepdistill.distill import Run
@@ -120,9 +109,6 @@ class Started:
         if isinstance(method, DisBack):
             self.recorded, looked = method.record_steps, method.points
             method = replace(method, record_steps=looked, switch_every=1)
-        if isinstance(method, TSCD) and method.score:
-            self.recorded, looked = sum(method.stage_steps), len(method.stage_steps)
-            method = replace(method, stage_steps=(2, *(1,) * (looked - 1)))
         self.counter = Counter(self.run.taught.call)
         self.trainer = Trainer(
             method,
@@ -133,8 +119,6 @@ class Started:
             batches=self.run.data.batch,
             accelerator=Accelerator(),
         )
-        if isinstance(method, TSCD):
-            self.trainer.step()  # makes the first states
         self.recording = self.units(looked)
 
     def units(self, steps: int) -> float:
@@ -158,7 +142,7 @@ class Started:
 
 def told(name: str, seed: int, folder: Path) -> tuple[str, list[str]]:
     """The recipe of a row, and what it is told."""
-    name, *overrides = VARIANTS.get(name, (name,))
+    name, *overrides = FEW_STEPS.get(name, (name,))
     return name, [f"seed={seed}", f"output_dir={folder}", *overrides]
 
 
@@ -213,7 +197,7 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
 
 def phases(method: object, share: float) -> list[str]:
     """Overrides that scale the parts of a method that are counted in steps with the length of its run."""
-    if isinstance(method, TSCD) and not method.score:
+    if isinstance(method, TSCD):
         return [f"method.stage_steps={[max(1, round(steps * share)) for steps in method.stage_steps]}"]
     if isinstance(method, TBCM):
         return [f"method.warmup_steps={round(method.warmup_steps * share)}"]
@@ -260,7 +244,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def title(name: str) -> str:
     """The recipe and what it is told first, as one types it."""
-    recipe, *told = VARIANTS.get(name, (name,))
+    recipe, *told = FEW_STEPS.get(name, (name,))
     return " ".join([recipe, *told[:1]])
 
 
@@ -317,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=float, default=300.0, help="thousand network rows of every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=[*RECIPES, *VARIANTS], metavar="RECIPE")
+    parser.add_argument("--only", nargs="+", default=[*RECIPES, *FEW_STEPS], metavar="RECIPE")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--report", action="store_true", help="train nothing; table and plot of what is finished")
