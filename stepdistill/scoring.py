@@ -212,6 +212,7 @@ class Run:
     def setting(self) -> dict[str, Any]:
         """What measured, ready for JSON."""
         packages = ("stepdistill", "torch", "numpy", "pillow")
+        dtypes = " + ".join(sorted({network.dtype for network in self._networks.values()}))
         images = "float32" if self.protocol.quantisation == "none" else "uint8"
         with full_precision(self.device):  # As the networks do.
             rounded = tf32(self.device)
@@ -224,7 +225,7 @@ class Run:
             },
             "reference": self.reference,
             "reference_digest": None if self.reference is None else of_reference(self.reference),
-            "precision": {"images": images, "features": {"dtype": "float32", "tf32": rounded}},
+            "precision": {"images": images, "features": {"dtype": dtypes, "tf32": rounded}},
             "weights": {network.name: network.weights for network in self._networks.values()},
             "world_size": rank_and_world()[1],
             "device": str(self.device),

@@ -101,6 +101,7 @@ def train_teacher(config: TeacherConfig) -> Path:
         (config.output_dir / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         print(json.dumps(record["distances"], indent=1))
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return config.output_dir
 
 

@@ -51,7 +51,7 @@ def test_json_is_one_object_with_the_evaluators_numbers(half, capsys):
     assert result["protocol"]["name"] == "digits, samples=899"
     assert len(result["weights"]["digits"]) == 64
     assert found["n_ref"] == 1797
-    assert result["precision"] == {"images": "uint8", "features": {"dtype": "float32", "tf32": False}}
+    assert result["precision"] == {"images": "uint8", "features": {"dtype": "float64", "tf32": False}}
     assert result["seconds"].keys() == {"reference", "generation", "features", "distance"}
     assert result["versions"]["torch"] == version("torch")
     assert result["versions"].keys() == {"python", "stepdistill", "torch", "numpy", "pillow"}
