@@ -89,6 +89,18 @@ def test_unrounded_bicubic_is_clean_fids(size, by):
     np.testing.assert_allclose(pixels(made), expected, rtol=0, atol=0 if by == "pillow" else 1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(32, 32), (17, 64), (64, 40), (8, 8)])
+def test_small_images_are_resized_by_doubles_to_pillows_numbers(kind, shape):
+    """A few numbers in ten thousand may differ by the last bit, 1.5e-5 of 255."""
+    image = tensor(noise(*shape))
+    made = prepare(image, [f"{kind}-float 299"])
+    assert torch.equal(made, resampling._by_doubles(image, kind, 299, 299))
+    expected = resampling._by_pillow(image, kind, 299, 299, rounded=False)
+    torch.testing.assert_close(made, expected, rtol=0, atol=2e-5)
+    assert (made != expected).float().mean() < 3e-4
+
+
 def test_a_chain_of_the_literature_is_the_other_tools_chain():
     image = noise(90, 121)
     crop = CenterCrop(90)(Image.fromarray(image))
