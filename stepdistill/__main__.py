@@ -142,17 +142,17 @@ def _declare_sample(commands: Any) -> None:  # noqa: ANN401
     made.add_argument("--solver", choices=("euler", "heun", "dpmpp_2m"), default="euler", help="of a teacher (euler)")
     made.add_argument("--first-id", type=int, default=0, help="id, and so the noise, of the first sample (0)")
     made.add_argument("--batch-size", type=positive, default=64, help="samples at a time (64)")
-    made.add_argument("--labels", type=int, nargs="+", help="class labels to cycle through (all)")
+    made.add_argument("--labels", type=int, nargs="+", help="class labels to cycle through (the student's, or all)")
     told = made.add_mutually_exclusive_group()
     told.add_argument(
         "--prompt", dest="prompts", nargs="+", metavar="TEXT", help="prompts to cycle through (the student's recipe's)"
     )
     told.add_argument("--prompts", metavar="FILE", help="the same from a text file with one prompt a line")
-    made.add_argument("--guidance-scale", type=float, default=1.0, help="of a teacher (1, none)")
+    made.add_argument("--guidance-scale", type=float, help="of a teacher (1); before a student (its recipe's)")
     made.add_argument(
         "--teacher-first", type=count, default=0, metavar="N", help="the teacher makes a student's first N calls (0)"
     )
-    made.add_argument("--teacher", metavar="SOURCE", help="that teacher (the one in the student's model card)")
+    made.add_argument("--teacher", metavar="SOURCE", help="that teacher, or that of adapters (the one in the card)")
     made.add_argument(
         "--trust-remote-code", action="store_true", help="run the code that a student comes with or names"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -16,11 +17,12 @@ from torch import nn
 
 from .backbones.plain import PLAIN
 from .conditions import Cond
+from .copies import sharing
 from .denoiser import Denoiser
-from .export import Host, accept, empty_parts, error_in_place, for_cpu
+from .export import Host, accept, description_of, empty_parts, error_in_place, for_cpu
 from .hosting import Plan
 from .samplers import StudentSampler
-from .sources import pipeline_class
+from .sources import DESCRIPTION, pipeline_class
 from .teacher import Teacher
 
 
@@ -47,6 +49,7 @@ def export_lora(
     shutil.rmtree(temporary, ignore_errors=True)
     save_adapters(denoiser.network, temporary, host.teacher)
     hosted.scheduler.save_pretrained(temporary / "scheduler")
+    (temporary / DESCRIPTION).write_text(json.dumps(description_of(sampler, hosted, host), indent=1) + "\n")
 
     def compare() -> float:
         pipeline = _adapted(host.teacher, temporary)
@@ -68,6 +71,17 @@ def _adapted(teacher: Teacher, folder: Path) -> Any:  # noqa: ANN401
         setattr(pipeline, component, PeftModel.from_pretrained(module, str(folder)).merge_and_unload())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def with_adapters(teacher: Teacher, folder: Path) -> Any:  # noqa: ANN401
+    """The teacher's network with the adapters in ``folder``, on its memory; the teacher itself stays without."""
+    network = sharing(teacher.network).eval()
+    if reads_adapters(teacher):
+        told = {"weight_name": LORA_WEIGHT_NAME_SAFE, "use_safetensors": True}
+        network.load_lora_adapter(str(folder), prefix=teacher.family.component, **told)
+    else:
+        PeftModel.from_pretrained(network, str(folder))
+    return network.requires_grad_(False)
 
 
 def kept_back(teacher: Teacher, hosted: Plan) -> str | None:

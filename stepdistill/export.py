@@ -123,9 +123,7 @@ def export(
     else:
         kind: Any = hosted.pipeline
         kind(unet=network, scheduler=hosted.scheduler).save_pretrained(temporary)
-    description = {"sampler": asdict(sampler), "map": asdict(hosted.map), "label": hosted.label, "steps": hosted.steps}
-    if host:
-        description["call"] = {key: value for key, value in host.call.items() if not isinstance(value, list)}
+    description = description_of(sampler, hosted, host)
     if hosted.grid or own_code:
         stock = hosted.pipeline.__name__ if hosted.pipeline else cast(Host, host).teacher.index["_class_name"]
         call = {"num_inference_steps": hosted.steps, **description.get("call", {})}
@@ -134,6 +132,14 @@ def export(
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     compare = partial(export_error, denoiser, sampler, temporary, shape=shape, cond=cond, host=host)
     accept(temporary, folder, compare if check else None)
+
+
+def description_of(sampler: StudentSampler, hosted: Plan, host: Host | None) -> dict[str, Any]:
+    """How a student generates, which is kept beside it."""
+    told = {"sampler": asdict(sampler), "map": asdict(hosted.map), "label": hosted.label, "steps": hosted.steps}
+    if host:
+        told["call"] = {key: value for key, value in host.call.items() if not isinstance(value, list)}
+    return told
 
 
 def accept(temporary: Path, folder: Path, compare: Callable[[], float] | None) -> None:
@@ -257,7 +263,7 @@ def error_in_place(
             made = pipeline(output_type="np", **one).images
         torch.manual_seed(k)
         noise, mine = torch.randn(1, *shape), {key: value[k : k + 1] for key, value in cond.items()}
-        drawn = sampler(student, noise, mine, renoise=lambda: host.teacher.family.later_noise(shape))
+        drawn = sampler(student, noise, mine, renoise=lambda: host.teacher.family.later_noise(torch.randn(1, *shape)))
         expected = (decode(drawn) / 2 + 0.5).clamp(0, 1)
         worst = max(worst, (torch.from_numpy(made).permute(0, 3, 1, 2) - expected).abs().max().item())
     return worst

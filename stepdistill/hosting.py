@@ -28,7 +28,7 @@ from .backbones.sana import SANA, SPRINT
 from .backbones.unet2d import UNET2D
 from .denoiser import Denoiser
 from .errors import UserError
-from .linear_map import OneStepMap, grid_settings, one_step_map
+from .linear_map import OneStepMap, grid_settings, one_step_map, stock_output
 from .process import VP, Flow
 from .samplers import StudentSampler
 
@@ -97,7 +97,7 @@ def plan(
     if family is PLAIN:
         if own_code:
             raise UserError("export.own_code writes a diffusers pipeline, which a plain network has not; remove it")
-        first = replace(first, input=1.0)  # its own sampler runs it, so there is nothing to fold
+        first = replace(first, input=1.0)  # its own sampler runs it: nothing is folded
         return Plan(None, None, len(sampler.times), first, first.output, first.label, family=family)
     if sana_sprint:
         return _sprint_plan(denoiser, sampler, first, family)
@@ -142,6 +142,7 @@ def _stock_plan(
 def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, student: OneStepMap, *, classes: int | None) -> Plan:
     nearest = round(student.label)
     label = nearest if nearest >= 1 and math.isclose(nearest, student.label, abs_tol=1e-6) else 1
+    output = stock_output(student.direct)
     if abs(student.direct - 1) < 1e-6:  # x0 = noise - output: no DDPM table has alpha = 1, a flow step does this
         if classes is not None:
             raise UserError(
@@ -149,15 +150,12 @@ def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, student: OneStep
                 "method.init_ratio"
             )
         flow = FlowMatchEulerDiscreteScheduler(num_train_timesteps=label, shift=1.0)
-        return Plan(DDPMPipeline, flow, 1, student, -1.0, label)
-    kind = "epsilon" if student.direct > 1 else "v_prediction"
+        return Plan(DDPMPipeline, flow, 1, student, output, label)
     alpha = 1 / student.direct if student.direct > 1 else student.direct
-    sigma = math.sqrt(1 - alpha**2)
-    output = -sigma * student.direct if student.direct > 1 else -sigma
     scheduler = LCMScheduler(
         num_train_timesteps=label + 1,
         trained_betas=_betas(denoiser, label, alpha),
-        prediction_type=kind,
+        prediction_type="epsilon" if student.direct > 1 else "v_prediction",
         original_inference_steps=1,
         timestep_scaling=1e10,  # LCM's skip connection vanishes: c_skip < 1e-19
         clip_sample=sampler.clip_sample,

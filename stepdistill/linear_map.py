@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,11 @@ def one_step_map(denoiser: Denoiser, sampler: StudentSampler) -> OneStepMap:
     direct = sampler(_constant(denoiser, 0.0, seen), _ONE).item()
     output = sampler(_constant(denoiser, 1.0, seen), 0 * _ONE).item()
     return OneStepMap(direct=direct, output=output, input=seen[0][0], label=seen[0][1])
+
+
+def stock_output(direct: float) -> float:
+    """``B'`` of the stock one-step scheduler whose ``A`` is ``direct``: a flow's, that of an eps- or of a v-network."""
+    return -1.0 if abs(direct - 1) < 1e-6 else -math.sqrt(abs(direct**2 - 1))
 
 
 def _constant(denoiser: Denoiser, value: float, seen: list[tuple[float, float]]) -> Denoiser:

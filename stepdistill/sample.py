@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,23 @@ from .backbones import Family
 from .backbones.family import square
 from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
-from .config import Data
-from .data import DataFree, class_labels, data_free, draws
-from .decoder import Decoder
+from .by_sampler import (
+    asked_labels,
+    asked_prompts,
+    class_draws,
+    plain_student,
+    student_alone,
+    teacher_alone,
+    teacher_first,
+)
 from .errors import UserError
-from .hybrid import HybridSampler, trace_ode, trace_x0
 from .images import to_picture, to_uint8
 from .labels import turns
-from .plain_student import WEIGHTS, rebuilt
 from .prompts import read_prompts
-from .samplers import SampleNoise, sample_ode, teacher_grid
-from .sampling import Sampling, Traced, Traces, data_of, prompts_of
-from .sources import DESCRIPTION, read_index
-from .student import exported, few_step, one_step, teacher_of
-from .teacher import load_teacher
+from .samplers import SampleNoise
+from .sampling import Sampling, Traced, Traces
+from .sources import DESCRIPTION
+from .student import described, exported, family_of, is_adapters
 
 
 def sample(asked: Sampling, output: Path, *, count: int = 64, first_id: int = 0, batch_size: int = 64) -> Path:
@@ -57,24 +59,18 @@ def tracing(asked: Sampling) -> Traced:
         UserError: no such pipeline, or choices that do not go together.
     """
     is_student = (Path(asked.source) / DESCRIPTION).is_file()
-    family = _family(asked.source) if is_student else None
+    family = family_of(asked.source, asked.teacher) if is_student else None
     _check(asked, family)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if family is None:
+        return teacher_alone(asked, device)
     if asked.teacher_first:
-        return _hybrid(asked, device)
+        return teacher_first(asked, family, device)
     if family is PLAIN:
-        return _plain(asked, device)
-    if family and family is not UNET2D:
-        return _placed(asked, family, device)
-    return _student(asked, device) if family else _teacher(asked, device)
-
-
-def _family(source: str) -> Family:
-    """Of an exported student; a folder that is none is refused later, with the reason."""
-    index = Path(source) / "model_index.json"
-    if (Path(source) / WEIGHTS).is_file():
-        return PLAIN
-    return read_index(index, source, student=True)[1] if index.is_file() else UNET2D
+        return plain_student(asked, device)
+    if is_adapters(asked.source) or (asked.trace and len(described(asked.source).sampler.times) > 1):
+        return student_alone(asked, device)
+    return _student(asked, device) if family is UNET2D else _placed(asked, family, device)
 
 
 def _check(asked: Sampling, family: Family | None) -> None:
@@ -83,9 +79,9 @@ def _check(asked: Sampling, family: Family | None) -> None:
         raise UserError(f"--labels must not be negative, got {list(asked.labels)}")
     if family:
         _check_student(asked, family)
-    if asked.guidance_scale < 0:
+    if asked.guidance_scale is not None and asked.guidance_scale < 0:
         raise UserError(f"--guidance-scale must not be negative, got {asked.guidance_scale}")
-    if asked.teacher_first == 0 and asked.teacher is not None:
+    if asked.teacher_first == 0 and asked.teacher is not None and not is_adapters(asked.source):
         raise UserError("--teacher is for --teacher-first only; give the number of its calls or remove it")
     if asked.teacher_first and family is None:
         raise UserError(f"--teacher-first needs the folder of an exported student; {asked.source} has no {DESCRIPTION}")
@@ -95,14 +91,12 @@ def _check(asked: Sampling, family: Family | None) -> None:
 
 def _check_student(asked: Sampling, family: Family) -> None:
     reads = family.encode is not None
-    if asked.guidance_scale != 1:
+    if asked.guidance_scale not in (None, 1.0) and not asked.teacher_first:
         raise UserError("--guidance-scale is for a teacher; a student has learned its own")
     if asked.prompts is not None and not reads:
         raise UserError(f"{asked.source} reads no prompts; remove --prompt")
     if asked.labels is not None and reads:
         raise UserError(f"{asked.source} reads prompts; remove --labels")
-    if (asked.teacher_first and family is not UNET2D) or (asked.trace and family not in (UNET2D, PLAIN)):
-        raise UserError("--teacher-first and --trace are not supported yet for pipelines with a VAE or plain networks")
 
 
 def _refuse_occupied(*folders: Path | None) -> None:
@@ -127,41 +121,30 @@ def _write(traces: Traces, ids: range, batch_size: int, output: Path, pictures: 
 
 
 def _student(asked: Sampling, device: torch.device) -> Traced:
-    """The student's own pipeline on the samples' generators, or its sampler where several calls are to be seen."""
-    pipeline, sampler, *_ = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
-    config, calls = pipeline.unet.config, len(sampler.times)
-    data = _draws(asked, square(config), config["num_class_embeds"], device)
+    """A student of pixels: its own pipeline on the samples' generators."""
+    pipeline, told = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
+    config = pipeline.unet.config
+    data = class_draws(asked, square(config), config["num_class_embeds"], device)
 
     def images(ids: Sequence[int]) -> Tensor:
         generators = SampleNoise(ids, data.shape).generators
-        made = pipeline(  # type: ignore[operator]
-            batch_size=len(ids), num_inference_steps=calls, generator=generators, output_type="np", **data.cond(ids)
+        made = pipeline(
+            batch_size=len(ids),
+            num_inference_steps=len(told.sampler.times),
+            generator=generators,
+            output_type="np",
+            **data.cond(ids),
         ).images
         return torch.from_numpy(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
-    if not asked.trace or calls == 1:
-        return Traced(images, data.told, (pipeline.unet,))
-    denoiser, sampler = few_step(pipeline, sampler)
-
-    def predictions(ids: Sequence[int]) -> Tensor:
-        noise = SampleNoise(ids, data.shape, device=device)
-        return trace_x0(sampler.trace(denoiser, noise(), data.cond(ids), renoise=noise))
-
-    return Traced(predictions, data.told, (pipeline.unet,))
+    return Traced(images, data.told, (pipeline.unet,))
 
 
 def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
-    student = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
-    network = student.pipeline.components[family.component]
-    if family.encode:
-        prompts = prompts_of(asked)
-        if prompts is None:
-            raise UserError(f"{asked.source} reads prompts, and its card names none; give --prompts")
-        every: list[Any] = read_prompts(prompts)
-    else:
-        given = asked.labels or data_of(asked).get("class_labels")
-        every = list(given) if isinstance(given, tuple | list) else list(range(1000))
+    pipeline, student = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
+    network = pipeline.components[family.component]
+    every: Sequence[Any] = read_prompts(asked_prompts(asked)) if family.encode else asked_labels(asked) or range(1000)
     shape = family.shape(network.config)
     which = turns("prompts" if family.encode else asked.law, shape, asked.period)
 
@@ -171,82 +154,7 @@ def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
             torch.manual_seed(k)
             told = {"prompt": every[turn]} if family.encode else {"class_labels": [every[turn]]}
             told |= {"num_inference_steps": len(student.sampler.times), "output_type": "np", **student.call}
-            made.append(torch.from_numpy(student.pipeline(**told).images))
+            made.append(torch.from_numpy(pipeline(**told).images))
         return torch.cat(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
     return Traced(images, "prompts" if family.encode else "classes", (network,))
-
-
-def _plain(asked: Sampling, device: torch.device) -> Traced:
-    """A student of a plain network, by its sampler."""
-    student, decode = rebuilt(asked.source, trust_remote_code=asked.trust_remote_code)
-    student.denoiser.network.to(device)
-    data = _draws(asked, student.shape, student.classes, device)
-
-    def traces(ids: Sequence[int]) -> Tensor:
-        noise = SampleNoise(ids, data.shape, device=device)
-        seen = trace_x0(student.sampler.trace(student.denoiser, noise(), data.cond(ids), renoise=noise))
-        return torch.stack([decode(each) for each in (seen if asked.trace else seen[:, -1:]).unbind(1)], dim=1)
-
-    return Traced(traces, data.told, (student.denoiser.network,))
-
-
-def _teacher(asked: Sampling, device: torch.device) -> Traced:
-    """A teacher's ODE."""
-    teacher, steps = load_teacher(asked.source), 50 if asked.steps is None else asked.steps
-    labels = "uniform" if teacher.classes is not None and asked.labels is None else asked.labels
-    told = Data(class_labels=labels, prompts=asked.prompts, guidance_scale=asked.guidance_scale)
-    data, decode = _by_law(asked, data_free(teacher, told, device)), Decoder(teacher)
-    try:
-        teacher_grid(teacher.denoiser.process, steps)
-    except ValueError as error:
-        raise UserError(f"--steps: {error}") from None
-    teacher.network.to(device)
-    denoiser = teacher.guided(told, data.null)
-
-    def traces(ids: Sequence[int]) -> Tensor:
-        noise = SampleNoise(ids, data.shape, device=device)()
-        if asked.trace:
-            seen = trace_x0(trace_ode(denoiser, noise, steps, data.cond(ids), solver=asked.solver))
-            return torch.stack([decode(each) for each in seen.unbind(1)], dim=1)
-        return decode(sample_ode(denoiser, noise, steps, data.cond(ids), solver=asked.solver))[:, None]
-
-    return Traced(traces, data.told, (teacher.network,))
-
-
-def _hybrid(asked: Sampling, device: torch.device) -> Traced:
-    """The teacher's first steps, then the student's calls."""
-    source = asked.source
-    teacher, guided = teacher_of(source, asked.teacher, device)
-    pipeline, recorded, label, _ = exported(source, device)
-    data = _draws(asked, teacher.sample_shape, teacher.classes, device)
-    if len(recorded.times) == 1:
-        student, recorded = one_step(source, pipeline, recorded, label, teacher.denoiser.process)
-    else:
-        student, recorded = few_step(pipeline, recorded)
-    try:
-        sampler = HybridSampler(recorded, asked.teacher_first, asked.steps)
-        sampler.check(student.process)
-    except ValueError as error:
-        raise UserError(f"--teacher-first: {error}") from None
-    try:
-        sampler.teacher_times(teacher.denoiser.process, student.process)
-    except ValueError as error:
-        raise UserError(f"--steps: {error}") from None
-
-    def traces(ids: Sequence[int]) -> Tensor:
-        noise = SampleNoise(ids, data.shape, device=device)
-        return trace_x0(sampler.trace(guided, student, noise(), data.cond(ids), renoise=noise))
-
-    return Traced(traces, data.told, (teacher.network, pipeline.unet))
-
-
-def _draws(asked: Sampling, shape: tuple[int, ...], classes: int | None, device: torch.device) -> DataFree:
-    told = Data(class_labels=asked.labels or (None if classes is None else "uniform"))
-    return _by_law(asked, draws(shape, class_labels(asked.source, classes, told), device))
-
-
-def _by_law(asked: Sampling, data: DataFree) -> DataFree:
-    """``data`` whose samples are told what the law says; prompts are in turn."""
-    law = "prompts" if data.told == "prompts" else asked.law
-    return replace(data, turns=turns(law, data.shape, asked.period))

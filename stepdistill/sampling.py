@@ -45,17 +45,19 @@ class Sampling:
     """Network calls of a teacher, 50 by default; with ``teacher_first`` those of the teacher's whole grid, as many as
     the student's by default.  A student alone has its own number."""
     labels: tuple[int, ...] | None = None
-    """Class labels to cycle through; all of them by default."""
+    """Class labels to cycle through; those of the student's recipe, or all of them, by default."""
     prompts: str | tuple[str, ...] | None = None
     """Prompts to cycle through, or a file of them; those of the student's recipe by default."""
-    guidance_scale: float = 1.0
-    """Of a teacher; a student has learned its own."""
+    guidance_scale: float | None = None
+    """Of a teacher, 1 by default; with ``teacher_first`` of its calls, the recipe's by default.  A student has learned
+    its own."""
     solver: Solver = "euler"
     """ODE solver of a teacher."""
     teacher_first: int = 0
     """Calls of the student that the teacher makes, see ``HybridSampler``."""
     teacher: str | None = None
-    """Source of that teacher; the one in the student's model card by default."""
+    """Source of that teacher, or of the one that a student's adapters are for; the one in the student's model card by
+    default."""
     trace: bool = False
     """Whether to see what every call predicts, in place of the sample alone."""
     trust_remote_code: bool = False

@@ -7,8 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -162,6 +162,11 @@ class InDiT(FlowMatchEulerDiscreteScheduler):
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         return sample
+
+
+def later(teacher: Teacher) -> Callable[[], torch.Tensor]:
+    """Noise of later steps, drawn as the stock pipeline does."""
+    return lambda: teacher.family.later_noise(torch.randn(1, *teacher.sample_shape))
 
 
 def moved(teacher: Teacher) -> Any:
@@ -350,7 +355,7 @@ def test_the_lines_of_a_card_draw_trained_students_where_stepdistill_is_not(fold
         torch.manual_seed(1)
         with torch.no_grad(), run.trainer.averaged_weights() as student:
             noise, cond = torch.randn(1, *shape), run.data.cond([0])
-            made = run.sampler(student, noise, cond, renoise=partial(teacher.family.later_noise, shape))
+            made = run.sampler(student, noise, cond, renoise=later(teacher))
         expected[name] = (Decoder(teacher)(made) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
     (tmp_path / "asks.json").write_text(json.dumps(asks))
     subprocess.run([sys.executable, "-c", WITHOUT, str(tmp_path / "asks.json")], check=True, capture_output=True)

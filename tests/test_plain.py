@@ -287,7 +287,7 @@ def test_no_student_has_code_run_that_its_files_name(student, tmp_path, teachers
     with pytest.raises(UserError, match="--trust-remote-code"):
         sample(Sampling(source=str(student)), tmp_path / "a")
     with pytest.raises(UserError, match="names code as its teacher, which is not run; say --teacher python:"):
-        teacher_of(str(student), None, torch.device("cpu"))
+        teacher_of(str(student), None)
 
 
 @pytest.mark.parametrize(

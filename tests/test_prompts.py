@@ -252,7 +252,6 @@ def test_sampling_a_teacher_and_its_student_with_prompts(teacher, folder, tmp_pa
     assert run("sample", folder, "--out", tmp_path / "d", "--count", 1) == 2
     assert "set data.prompts" in capsys.readouterr().err
     assert run("sample", student, "--out", tmp_path / "d", *scale) == 2
-    assert run("sample", student, "--out", tmp_path / "d", "--teacher-first", 1) == 2
     assert run("sample", student, "--out", tmp_path / "d", "--labels", 1) == 2
     assert run("sample", folder, "--out", tmp_path / "d", "--prompt", "a cat", "--guidance-scale=-1") == 2
     assert not (tmp_path / "d").exists()

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,8 @@ def sampled(run: Run) -> torch.Tensor:
     torch.manual_seed(1)
     with torch.no_grad(), run.trainer.averaged_weights() as student:
         shape, cond = run.teacher.sample_shape, run.data.cond([0])
-        later = partial(run.teacher.family.later_noise, shape)
-        made = run.sampler(student, torch.randn(1, *shape), cond, renoise=later)
+        later = run.teacher.family.later_noise
+        made = run.sampler(student, torch.randn(1, *shape), cond, renoise=lambda: later(torch.randn(1, *shape)))
     return (Decoder(run.teacher)(made) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
 
 

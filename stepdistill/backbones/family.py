@@ -49,8 +49,8 @@ class Family:
     """Length of the image sequence of a sample, by which flow schedulers may shift."""
     patch: int | None = None
     """Side of the squares that a sample is cut into, where it is not the config's ``patch_size``."""
-    later_noise: Callable[[tuple[int, ...]], torch.Tensor] = lambda shape: torch.randn(1, *shape)
-    """Noise of a later step, ``(1, C, H, W)``, in the order in which the stock pipeline draws it."""
+    later_noise: Callable[[torch.Tensor], torch.Tensor] = lambda noise: noise
+    """Noise of a later step, ``(B, C, H, W)``, put into the order in which the stock pipeline draws it."""
     classes: Callable[[Config], int | None] = lambda config: None
     """Number of class labels."""
     null_label: int | None = None

@@ -47,10 +47,10 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(len(tokens), -1, 2 * height, 2 * width)
 
 
-def _later_noise(shape: tuple[int, ...]) -> Tensor:
+def _later_noise(noise: Tensor) -> Tensor:
     """The pipeline keeps its state in tokens, and draws their noise."""
-    channels, height, width = shape
-    return unpacked(torch.randn(1, height * width // 4, channels * 4), height // 2, width // 2)
+    b, channels, height, width = noise.shape
+    return unpacked(noise.reshape(b, height * width // 4, channels * 4), height // 2, width // 2)
 
 
 def _places(height: int, width: int, like: Tensor) -> Tensor:
