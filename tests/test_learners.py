@@ -26,8 +26,8 @@ from stepdistill.process import VP
 from stepdistill.teacher import load_teacher
 from stepdistill.trainer import Trainer
 
-OTHERS = ("digits_sid_long", "digits_text_sid", "digits_text_swiftbrush", "digits_text_sid_few_step")
-RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and name not in OTHERS]
+OTHERS = ("_long", "_text_", "_then_")
+RECIPES = [name for name in bundled_configs() if name.startswith("digits_") and not any(o in name for o in OTHERS)]
 SMALL = [
     "training.batch_size=4",
     "training.trackers=[]",
