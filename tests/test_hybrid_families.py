@@ -37,7 +37,8 @@ from stepdistill.samplers import SampleNoise, StudentSampler
 from stepdistill.sampling import Sampling
 from stepdistill.teacher import Teacher, load_teacher
 
-IDS = [3, 4]
+IDS = [3, 5]
+"""The first prompt's and the second's."""
 PROMPTS = ("a cat", "two dogs")
 KINDS = ("student", "student_lora")
 
@@ -98,12 +99,14 @@ def sampling(made: Made, **options: Any) -> Sampling:
     return Sampling(source=made.source, **{**told, **options})
 
 
-def expected(made: Made, first: int, *, scale: float = 1.0, steps: int | None = None) -> torch.Tensor:
-    """What every call predicts, as pictures, by networks in memory."""
-    told = asked(made.teacher, guidance_scale=scale)
+def expected(
+    made: Made, first: int, *, scale: float = 1.0, negative: str | None = None, **options: Any
+) -> torch.Tensor:
+    """What every call predicts, as pictures, by networks in memory; ``options`` are ``HybridSampler``'s."""
+    told = asked(made.teacher, guidance_scale=scale, negative_prompt=negative)
     data: DataFree = data_free(made.teacher, told, torch.device("cpu"))
     noise, later = SampleNoise(IDS, made.teacher.sample_shape), made.teacher.family.later_noise
-    hybrid = HybridSampler(made.sampler, first, steps)
+    hybrid = HybridSampler(made.sampler, first, **options)
     guided = made.teacher.guided(told, data.null)
     with torch.no_grad():
         said = hybrid.trace(guided, made.student, noise(), data.cond(IDS), renoise=lambda: later(noise()))
@@ -133,7 +136,7 @@ def test_the_command_is_the_sampler_in_every_family(name, lora, renoising, tmp_p
     plain = expected(one, 1)
     same(found(one, **first, trace=True), plain)
     same(found(one, **first), plain[:, -1:])
-    same(found(one, **{**first, "teacher_first": 2, "steps": 7}), expected(one, 2, steps=7)[:, -1:])
+    same(found(one, **{**first, "teacher_first": 2, "steps": 7}), expected(one, 2, teacher_steps=7)[:, -1:])
     if not one.teacher.embeds_guidance:
         guided = expected(one, 1, scale=3.0)
         same(found(one, **first, trace=True, guidance_scale=3.0), guided)
