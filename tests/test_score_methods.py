@@ -320,6 +320,27 @@ def test_settings_outside_their_range_are_refused(kind, options, message):
         kind(**options)
 
 
+@every_method
+@pytest.mark.parametrize("told", [{"init_ratio": float("inf")}, {"steps": 2, "levels": (30.0, 1.0)}], ids=str)
+def test_eps_teachers_are_refused_where_they_say_nothing_of_the_sample(kind, told):
+    """``x0 = (x - sigma eps) / alpha``: at ``sigma / alpha`` over 20 it is the noise of the network."""
+    law, process = gaussian(MEAN, COV), PROCESSES["flow"]
+    remedy = "levels" if "levels" in told else "init_ratio"
+    with pytest.raises(ValueError, match=rf"{kind.__name__} reads x0 = .* set method\.{remedy}=20 or less"):
+        kind(**told).check(law.denoiser(process, "eps"))
+    for target in ("v", "x0", "flow", "edm"):
+        kind(**told).check(law.denoiser(process, target))
+    kind(init_ratio=14.6).check(law.denoiser(process, "eps"))  # the last entry of Stable Diffusion's table
+
+
+@every_method
+def test_unit_noise_is_refused_where_the_process_starts_louder(kind):
+    teacher = gaussian(MEAN, COV).denoiser(PROCESSES["ve"], "edm")
+    with pytest.raises(ValueError, match=r"sigma = 2\.\d+ where noise enters is not 1; set method\.input=sigma"):
+        kind(init_ratio=2.5, input="unit").check(teacher)
+    kind(init_ratio=2.5, input="sigma").check(teacher)
+
+
 # Few-step students
 
 

@@ -22,7 +22,7 @@ from ..denoiser import Denoiser, Prediction
 from ..process import InputScale, NoiseProcess
 from ..samplers import Renoising, StudentSampler
 from ._adversarial import Adversarial, adversarial_gradient, judging_loss
-from ._shared import TimeLaw, UniformTimes, check_levels, denoising_loss, few_step_times, pixel_mean
+from ._shared import TimeLaw, UniformTimes, check_levels, check_start, denoising_loss, few_step_times, pixel_mean
 from .base import Batch, Loss, Method, Nets, Turn
 
 Weight = Literal["adaptive", "kl", "vsd", "one"]
@@ -88,6 +88,8 @@ class ScoreDistillation(Method):
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
+        start, remedy = self.sampler(teacher.process).times[0], "method.levels" if self.levels else "method.init_ratio"
+        check_start(type(self).__name__, teacher, start, self.input, f"{remedy}=20")
         if self.adversarial and self.fake_guidance not in (0, 1):
             raise ValueError(f"adversarial needs fake_guidance 0 or 1, one pass to judge by, got {self.fake_guidance}")
         if self.adversarial and teacher.bottleneck is None:

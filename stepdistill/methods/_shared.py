@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..conditions import Cond
 from ..denoiser import Denoiser, Prediction
-from ..process import VP, Flow, NoiseProcess, broadcast
+from ..process import VP, Flow, InputScale, NoiseProcess, broadcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,22 @@ def flow_time(process: NoiseProcess, t: float) -> float:
     """``sigma / (alpha + sigma)``, the rectified-flow time of the teacher's time ``t``."""
     alpha, sigma = (f(torch.tensor([t], dtype=torch.float64)).item() for f in (process.alpha, process.sigma))
     return sigma / (alpha + sigma)
+
+
+def check_start(name: str, teacher: Denoiser, t: float, fed: InputScale, remedy: str) -> None:
+    """Raise ``ValueError`` where method ``name`` cannot begin at time ``t`` with ``teacher`` and noise ``fed`` so.
+
+    ``remedy`` is what to set where the level is too noisy for an eps-teacher.
+    """
+    process = teacher.process
+    alpha, sigma = (f(torch.tensor([t], dtype=torch.float64)).item() for f in (process.alpha, process.sigma))
+    if teacher.target == "eps" and alpha < 0.05 * sigma:
+        raise ValueError(
+            f"{name} reads x0 = (x - sigma eps) / alpha where noise enters, and alpha = {alpha:.2g} there multiplies "
+            f"every error of this eps-teacher over 20-fold; set {remedy} or less"
+        )
+    if sigma > 1.01 and fed == "unit":
+        raise ValueError(f"sigma = {sigma:.3g} where noise enters is not 1; set method.input=sigma")
 
 
 def check_levels(levels: tuple[float, ...], steps: int) -> None:

@@ -20,7 +20,7 @@ from ..conditions import Cond, concatenate, select
 from ..denoiser import Denoiser
 from ..process import InputScale, NoiseProcess, broadcast
 from ..samplers import StudentSampler
-from ._shared import snapped
+from ._shared import check_start, snapped
 from .base import Batch, Loss, Method, Nets, Turn
 
 
@@ -87,17 +87,8 @@ class BOOT(Method):
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
-        process = teacher.process
-        alpha, sigma = (f(torch.tensor([self.t_max])).item() for f in (process.alpha, process.sigma))
-        if teacher.target == "eps" and alpha < 0.05 * sigma:
-            largest = process.time_at_log_snr(torch.tensor([2 * math.log(0.05)])).item()
-            raise ValueError(
-                f"BOOT reads x0 = (x - sigma eps) / alpha at t_max, and alpha({self.t_max}) = {alpha:.2g} multiplies "
-                "every error of this eps-teacher more than 20-fold; "
-                f"set method.t_max={math.floor(100 * largest) / 100} or less"
-            )
-        if sigma > 1.01 and self.input == "unit":
-            raise ValueError(f"sigma(t_max) = {sigma:.3g} is not 1 in this process; set method.input=sigma")
+        largest = teacher.process.time_at_log_snr(torch.tensor([2 * math.log(0.05)])).item()
+        check_start("BOOT", teacher, self.t_max, self.input, f"method.t_max={math.floor(100 * largest) / 100}")
 
     def turns(self, step: int) -> Iterator[Turn]:
         yield Turn("student", self.student_loss)

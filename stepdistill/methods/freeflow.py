@@ -36,6 +36,7 @@ from ._shared import (
     LogNormalTimes,
     TimeLaw,
     UniformTimes,
+    check_start,
     denoising_loss,
     flow_time,
     forward_mode,
@@ -118,16 +119,8 @@ class FreeFlow(Method):
 
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
-        process, last = teacher.process, torch.ones(1)
-        ratio = min(self.init_ratio, (process.sigma(last) / process.alpha(last)).item())
-        if teacher.target == "eps" and ratio > 20:
-            raise ValueError(
-                "FreeFlow reads x0 = (x - sigma eps) / alpha where noise enters, and sigma / alpha = "
-                f"{ratio:.3g} there multiplies every error of this eps-teacher; set method.init_ratio=20 or less"
-            )
-        sigma = process.sigma(torch.tensor([time_at_ratio(process, self.init_ratio)])).item()
-        if sigma > 1.01 and self.input == "unit":
-            raise ValueError(f"sigma = {sigma:.3g} where noise enters is not 1; set method.input=sigma")
+        start = time_at_ratio(teacher.process, self.init_ratio)
+        check_start("FreeFlow", teacher, start, self.input, "method.init_ratio=20")
 
     @property
     def avoids_forward_mode(self) -> str | None:

@@ -23,7 +23,7 @@ from ..conditions import Cond, concatenate
 from ..denoiser import Denoiser, without_autocast
 from ..process import InputScale, NoiseProcess, Trig, broadcast
 from ..samplers import StudentSampler
-from ._shared import check_levels, few_step_times, pixel_mean, pixel_sum
+from ._shared import check_levels, check_start, few_step_times, pixel_mean, pixel_sum
 from ._trigflow import Points, exact_change, finite_change, rotated, slope, tangent
 from .base import Batch, Loss, Method, Nets, Turn
 
@@ -91,15 +91,10 @@ class TBCM(Method):
         if teacher.target == "x0":
             raise ValueError("TBCM needs f(x, 0) = x, which a network that predicts x0 itself does not have by design")
         super().check(teacher)
-        process, (start, *_) = teacher.process, self.sampler(teacher.process).times
+        start = self.sampler(teacher.process).times[0]
         if not start > self.t_min:
             raise ValueError(f"start_ratio={self.start_ratio} is time {start:.3g}, not above t_min={self.t_min}")
-        alpha, sigma = (f(torch.tensor([start])).item() for f in (process.alpha, process.sigma))
-        if teacher.target == "eps" and alpha < 0.05 * sigma:
-            raise ValueError(
-                "x0 = (x - sigma eps) / alpha multiplies the errors of this eps-teacher over 20-fold at the start, "
-                f"where alpha = {alpha:.2g}; set method.start_ratio=20 or less"
-            )
+        check_start("TBCM", teacher, start, self.input, "method.start_ratio=20")
 
     @property
     def avoids_forward_mode(self) -> str | None:

@@ -28,7 +28,7 @@ from ..process import VP, InputScale, NoiseProcess
 from ..samplers import StudentSampler
 from ._grid import Grid, Pairs, column, solver_grid
 from ._score import steered
-from ._shared import few_step_times, pixel_mean
+from ._shared import check_start, few_step_times, pixel_mean
 from .base import Batch, Loss, Method, Nets, Snapshots, Turn
 from .dmd import DMD
 from .sid import SiD
@@ -95,16 +95,7 @@ class TSCD(Method):
             raise ValueError(
                 f"teacher_steps must be at most the {entries} entries of the teacher's table, got {self.teacher_steps}"
             )
-        end = torch.ones(1, dtype=torch.float64)
-        ratio = min(self.init_ratio, (process.sigma(end) / process.alpha(end)).item())
-        if teacher.target == "eps" and ratio > 20:
-            raise ValueError(
-                f"TSCD reads x0 = (x - sigma eps) / alpha where trajectories start, and sigma / alpha = {ratio:.3g} "
-                "there multiplies every error of this eps-teacher; set method.init_ratio=20 or less"
-            )
-        sigma = solver_grid(process, self.init_ratio, self.teacher_steps, end.device).sigma[0].item()
-        if sigma > 1.01 and self.input == "unit":
-            raise ValueError(f"sigma = {sigma:.3g} where trajectories start is not 1; set method.input=sigma")
+        check_start("TSCD", teacher, self.sampler(process).times[0], self.input, "method.init_ratio=20")
 
     @property
     def roles(self) -> tuple[str, ...]:
