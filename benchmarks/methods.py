@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from stepdistill.bundled import bundled_configs
 from stepdistill.conditions import Cond
 from stepdistill.config import Config, Training
+from stepdistill.dry_run import rehearse
 from stepdistill.evaluation import Evaluator
 from stepdistill.learners import networks
 from stepdistill.methods import TBCM, TSCD, DisBack
@@ -52,6 +53,10 @@ FEW_STEPS = {
     "digits_sid_2": ("digits_sid_few_step", "method.steps=2"),
     "digits_dmd_2": ("digits_dmd", "method.steps=2", "method.init_ratio=2.5"),
     "digits_dmd_4": ("digits_dmd", "method.steps=4", "method.init_ratio=2.5"),
+    "digits_disback_sid_2": ("digits_disback_sid", "method.method.steps=2", "method.method.init_ratio=2.5"),
+    "digits_disback_sid_4": ("digits_disback_sid", "method.method.steps=4", "method.method.init_ratio=2.5"),
+    "digits_disback_dmd_2": ("digits_disback_dmd", "method.method.steps=2", "method.method.init_ratio=2.5"),
+    "digits_disback_dmd_4": ("digits_disback_dmd", "method.method.steps=4", "method.method.init_ratio=2.5"),
     "digits_swiftbrush_2": ("digits_swiftbrush", "method.steps=2", "method.init_ratio=2.5"),
     "digits_swiftbrush_4": ("digits_swiftbrush", "method.steps=4", "method.init_ratio=2.5"),
     "digits_tbcm_2": ("digits_tbcm", "method.steps=2"),
@@ -61,6 +66,8 @@ FEW_STEPS = {
 }
 """The same with more calls, where a method has them: a recipe and what it is told."""
 TEACHER_STEPS = (50, 32, 16, 8, 4, 2, 1)
+CURVE_SAMPLES = 1000
+"""Of every distance in the plot; a Frechet distance falls with their number."""
 Runs = dict[str, list[dict[str, Any]]]
 """What every seed of a row reached."""
 _LINES = {1: "-", 2: "--", 4: ":"}
@@ -162,7 +169,7 @@ def paces(names: Sequence[str], *, rounds: int = 7, steps: int = 4, samples: int
 
 
 def train(name: str, seed: int, units: float, folder: Path, threads: int, samples: int) -> None:
-    """Run one recipe to the common cost in a process of its own, whose memory is its own."""
+    """Run one recipe to the common cost in a process of its own."""
     done = folder / "cost.json"
     if done.is_file():
         return
@@ -178,21 +185,20 @@ def train(name: str, seed: int, units: float, folder: Path, threads: int, sample
     overrides += [
         *(f"steps={steps}", f"resume={str(resume).lower()}"),
         *(f"training.preview_every={every}", f"training.checkpoint_every={every}", "training.trackers=[]"),
-        *(f"evaluate.samples={samples}", "evaluate.curve_samples=1000", "evaluate.teacher_steps=[1]"),
+        *(f"evaluate.samples={samples}", f"evaluate.curve_samples={CURVE_SAMPLES}", "evaluate.teacher_steps=[1]"),
         f"evaluate.every_images={every * config.training.batch_size}",
         *phases(config.method, share),
     ]
     code = (
-        f"import torch, sys, resource, pathlib; torch.set_num_threads({threads})\n"
+        f"import torch, sys; torch.set_num_threads({threads})\n"
         "from stepdistill.config import Config; from stepdistill.distill import distill\n"
         "from stepdistill.recipe import parse\n"
-        "distill(parse(Config, sys.argv[1], sys.argv[2:]))\n"
-        f"pathlib.Path({str(folder / 'peak')!r}).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))"
+        "distill(parse(Config, sys.argv[1], sys.argv[2:]))"
     )
     subprocess.run([sys.executable, "-c", code, name, *overrides], check=True)
-    peak = int((folder / "peak").read_text()) // 1024
+    peak = max(rehearse(stage, config).memory for stage in config.plan) / 1e6
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    done.write_text(json.dumps({"cost": asdict(cost), "steps": steps, "peak_mb": peak, "commit": commit}))
+    done.write_text(json.dumps({"cost": asdict(cost), "steps": steps, "memory_mb": peak, "commit": commit}))
 
 
 def phases(method: object, share: float) -> list[str]:
@@ -210,13 +216,14 @@ def read(folder: Path) -> dict[str, Any]:
     cost = Cost(**written.pop("cost"))
     student = json.loads((folder / "evaluation.json").read_text())["rows"][-1]
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [(cost.units(row["step"]), row["fid"]) for row in history if "fid" in row]
+    seen = {row["step"]: row["fid"] for row in history if "fid" in row}
     return {
         "calls": student["network_calls"],
         "fd": student["metrics"]["fid"]["value"],
         "least_class": min(student["class_shares"]),
         "diversity": student["diversity"],
-        "curve": curve,
+        "curve": [(cost.units(step), seen[step]) for step in sorted(seen)],
+        "units": cost.units(written["steps"]),
         **written,
     }
 
@@ -229,9 +236,12 @@ def teacher_rows(samples: int) -> list[dict[str, Any]]:
         def generate(ids: Sequence[int]) -> Tensor:
             return sample_ode(teacher.denoiser, SampleNoise(ids, teacher.sample_shape)(), steps)
 
-        measured = evaluator.measure(f"teacher {steps}", steps, generate, samples=samples)
+        name = f"teacher {steps}"
+        measured = evaluator.measure(name, steps, generate, samples=samples)
+        few = evaluator.measure(name, steps, generate, samples=CURVE_SAMPLES)
         shown = {"diversity": measured.diversity, "images_per_second": measured.images_per_second}
-        return {"steps": steps, "fd": measured.metrics["fid"].value, **shown}
+        distances = {"fd": measured.metrics["fid"].value, "fd_of_curve": few.metrics["fid"].value}
+        return {"steps": steps, **distances, **shown}
 
     return [row(steps) for steps in TEACHER_STEPS]
 
@@ -248,10 +258,10 @@ def title(name: str) -> str:
     return " ".join([recipe, *told[:1]])
 
 
-def summary(runs: Runs, pace: dict[str, dict[str, float]]) -> str:
-    """The table, in Markdown: means over seeds, of the rarest class the least and of the memory the most."""
+def summary(runs: Runs, pace: dict[str, dict[str, float]], units: float) -> str:
+    """The table, in Markdown: means over seeds, of the rarest class the least; under it what was run."""
     lines = [
-        "| recipe | calls | distance | rarest digit | diversity | images/s | steps | minutes | peak MB |",
+        "| recipe | calls | distance | rarest digit | diversity | images/s | steps | minutes | memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in sorted(runs.items(), key=lambda item: mean_and_error([r["fd"] for r in item[1]])[0]):
@@ -260,9 +270,12 @@ def summary(runs: Runs, pace: dict[str, dict[str, float]]) -> str:
         lines.append(
             f"| `{title(name)}` | {rows[0]['calls']} | {shown} | {100 * min(r['least_class'] for r in rows):.1f} % "
             f"| {statistics.mean(r['diversity'] for r in rows):.1f} | {pace[name]['images_per_second']:.0f} "
-            f"| {rows[0]['steps']} | {pace[name]['seconds_per_unit'] * rows[0]['curve'][-1][0] / 60:.1f} "
-            f"| {max(r['peak_mb'] for r in rows)} |"
+            f"| {rows[0]['steps']} | {pace[name]['seconds_per_unit'] * rows[0]['units'] / 60:.1f} "
+            f"| {rows[0]['memory_mb']:.1f} MB |"
         )
+    commits = sorted({row["commit"] for rows in runs.values() for row in rows})
+    seeds = max(len(rows) for rows in runs.values())
+    lines += ["", f"`python benchmarks/methods.py --units {units:g}` at {', '.join(commits)}, {seeds} seeds."]
     return "\n".join(lines)
 
 
@@ -286,10 +299,10 @@ def plot(runs: Runs, pace: dict[str, dict[str, float]], teacher: list[dict[str, 
                 x, *zip(*seen, strict=True), elinewidth=0.6, label=title(name).removeprefix("digits_"), **style
             )
         for row in teacher:
-            axis.axhline(row["fd"], color="grey", linewidth=0.5)
-            axis.annotate(f"{row['steps']}", (1, row["fd"]), xycoords=("axes fraction", "data"), fontsize=7)
+            axis.axhline(row["fd_of_curve"], color="grey", linewidth=0.5)
+            axis.annotate(f"{row['steps']}", (1, row["fd_of_curve"]), xycoords=("axes fraction", "data"), fontsize=7)
         axis.set(yscale="log", xlabel=label)
-    axes[0].set_ylabel("fd-digits-v1 at 1,000 samples (grey: teacher, steps)")
+    axes[0].set_ylabel(f"fd-digits-v1 at {CURVE_SAMPLES:,} samples (grey: teacher, steps)")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.04, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -333,9 +346,10 @@ def main() -> None:
     results = {"machine": machine, "units": arguments.units, "teacher": teacher, "pace": pace, "runs": runs}
     arguments.out.mkdir(parents=True, exist_ok=True)
     written.write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / "methods.md").write_text(summary(runs, pace) + "\n")
+    table = summary(runs, pace, arguments.units)
+    (arguments.out / "methods.md").write_text(table + "\n")
     plot(runs, pace, teacher, arguments.out / "methods.png")
-    print(summary(runs, pace))
+    print(table)
 
 
 if __name__ == "__main__":
