@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import amount, count, positive, taken
-from .errors import Diverged, UserError
+from .errors import Diverged, UserError, plain_warnings
 
 
 def _parser() -> ArgumentParser:
@@ -263,6 +263,7 @@ def _methods(told: Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; user errors are one clear message and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    plain_warnings()
     # The first two words suffice to know `fid`, whose flags belong to its own parser.
     known = argv[:1] if argv[:1] == ["fid"] else argv
     parser = _parser()

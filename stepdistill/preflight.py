@@ -195,7 +195,7 @@ def check_stages(stages: tuple[Stage, ...], teacher: Denoiser) -> None:
                 "give both methods the same level (init_ratio or t_max) and input"
             )
         if lost := _lost(stages[number - 1], before, stages[number], after):
-            warnings.warn(f"stage {number} is only a warm start for stage {number + 1}: {lost}", stacklevel=2)
+            warnings.warn(f"stage {number} is only a warm start for stage {number + 1}: {lost}", stacklevel=1)
 
 
 def _ratio(teacher: Denoiser, sampler: StudentSampler) -> float:

@@ -219,7 +219,11 @@ class StudentSampler:
 
     def shown(self, prediction: Prediction) -> Prediction:
         """``prediction`` with its ``x0`` as a picture shows it; ``eps`` stays, as in diffusers' schedulers."""
-        return replace(prediction, x0=prediction.x0.clamp(-1, 1)) if self.clip_sample else prediction
+        return replace(prediction, x0=self.picture(prediction.x0))
+
+    def picture(self, x0: Tensor) -> Tensor:
+        """``x0`` itself or, with ``clip_sample``, what a picture shows of it."""
+        return x0.clamp(-1, 1) if self.clip_sample else x0
 
     def __call__(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, renoise: Callable[[], Tensor] | None = None

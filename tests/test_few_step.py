@@ -20,7 +20,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.export import DESCRIPTION, export, export_error
 from stepdistill.hosting import plan
-from stepdistill.methods import DMD, AnyMethod, Batch, SiD
+from stepdistill.methods import DMD, AnyMethod, Batch, FreeFlow, SiD
 from stepdistill.methods._shared import few_step_times, time_at_ratio
 from stepdistill.process import VE, VP, Flow, Trig
 from stepdistill.samplers import SampleNoise, StudentSampler, ode_steps
@@ -87,6 +87,10 @@ def test_more_steps_than_entries_are_refused():
     few_step_times(PROCESSES["vp"], 2.5, 9)
     with pytest.raises(ValueError, match="steps must be at most the 9 entries of the teacher's table, got 10"):
         few_step_times(PROCESSES["vp"], 2.5, 10)
+
+
+def clips(kind) -> bool:
+    return "clip_sample" in kind.__dataclass_fields__
 
 
 STEPPED = [kind for kind in get_args(AnyMethod) if "levels" in kind.__dataclass_fields__]
@@ -267,16 +271,44 @@ def test_a_clipped_student_goes_on_from_its_picture(process, renoising):
     assert torch.equal(second.x_t, process.add_noise(first.x0, eps, t))
 
 
-@pytest.mark.parametrize(
-    "method", [DMD(clip_sample=True), *(SiD(clip_sample=True, low_memory=m) for m in (False, True))]
-)
-def test_nothing_beyond_the_range_of_pictures_moves(method):
+ONE_CALL: dict[str, dict[str, Any]] = {
+    "tscd": {"segments": (1,), "stage_steps": (), "teacher_steps": 8},
+    "tbcm": {"warmup_steps": 0},
+}
+"""What a student of one call from the first step on is told beside its default."""
+CLIPPING = [
+    *(kind(clip_sample=True, **ONE_CALL.get(kind().name, {})) for kind in get_args(AnyMethod) if clips(kind)),
+    SiD(clip_sample=True, low_memory=False),
+]
+
+
+@pytest.mark.parametrize("method", CLIPPING, ids=lambda method: method.name)
+def test_nothing_beyond_the_range_of_pictures_moves(monkeypatch, method):
+    if isinstance(method, FreeFlow):  # whose prediction is of whole trajectories; its correction is of pictures
+        inside = tensor([0.0, 1.0, 1.0, 0.0])
+        monkeypatch.setattr(FreeFlow, "residual", lambda self, nets, noise, *told: inside.expand_as(noise))
     pixels = nn.Parameter(tensor([-1.5, -0.5, 0.5, 1.5]))
     constant = Denoiser(nn.ParameterList([pixels]), LINEAR, "x0", lambda net, x, label, cond: pixels.expand_as(x))
     teacher, fake = (gaussian(mean * torch.ones(4).double(), torch.eye(4).double()).denoiser(LINEAR) for mean in (0, 3))
-    nets = {"student": constant, "teacher": teacher, "fake": fake}
-    method.student_loss(nets, Batch(torch.randn(8, 4).double())).value.backward()
+    nets = {"student": constant, "still": constant, "teacher": teacher, "fake": fake}
+    *_, learns = method.turns(0)
+    learns.loss(nets, Batch(torch.randn(8, 4).double(), memory={})).value.backward()
     assert (cast(torch.Tensor, pixels.grad) != 0).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("method", CLIPPING, ids=lambda method: method.name)
+def test_clipping_changes_nothing_within_the_range_of_pictures(method):
+    law = gaussian(torch.zeros(3).double(), 1e-3 * COV)
+    found = []
+    for each in (method, replace(method, clip_sample=False)):
+        torch.manual_seed(0)
+        gains = nn.Parameter(0.01 * torch.ones(3).double())
+        student = Denoiser(nn.ParameterList([gains]), LINEAR, "x0", lambda net, x, label, cond, gains=gains: gains * x)
+        nets = {"student": student, "still": student, "teacher": law.denoiser(LINEAR), "fake": law.denoiser(LINEAR)}
+        *_, learns = each.turns(0)
+        value = learns.loss(nets, Batch(torch.randn(8, 3).double(), memory={})).value
+        found.append((value.detach(), *torch.autograd.grad(value, gains)))
+    torch.testing.assert_close(*found)
 
 
 @every_process

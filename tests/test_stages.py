@@ -1,6 +1,8 @@
 """Runs that chain methods, and runs whose roles are adapters or go back to kept networks."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -126,6 +128,23 @@ def checked(*methods):
 def test_a_hand_over_that_changes_the_student_is_called_a_warm_start(first, second, lost):
     with pytest.warns(UserWarning, match=f"stage 1 is only a warm start for stage 2: .*{lost}"):
         checked(first, second)
+
+
+def test_a_warm_start_is_one_line_of_the_command(teachers, tmp_path):
+    """Python's own form names a place in the code."""
+    stages = [{"method": FREEFLOW, "steps": 2}, {"method": TSCD, "steps": 2}]
+    config = recipe(tmp_path, teachers(), stages=stages)
+    done = subprocess.run(
+        [sys.executable, "-m", "stepdistill", "distill", "--config", str(config), "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = [line for line in done.stderr.splitlines() if "warm start" in line]
+    assert said == [
+        "warning: stage 1 is only a warm start for stage 2: freeflow has not trained the student at all "
+        "levels where tscd asks it"
+    ]
 
 
 @pytest.mark.parametrize(

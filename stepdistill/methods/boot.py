@@ -67,6 +67,9 @@ class BOOT(Method):
     """Target time of the finished sample."""
     t_max: float = 1.0
     """Time at which the noise enters."""
+    clip_sample: bool = False
+    """Compare pictures: what lies beyond [-1, 1] is clipped, as the pipeline will do, and has no gradient; no signal
+    lies there, as it is a mean of denoised samples."""
     input: InputScale = "unit"
     """What the student and the first teacher call are fed: the noise itself, or ``sigma`` times it (VE)."""
 
@@ -94,7 +97,8 @@ class BOOT(Method):
         yield Turn("student", self.student_loss)
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        return StudentSampler(times=(snapped(process, self.t_max),), input=self.input, target_time=self.t_min)
+        start = snapped(process, self.t_max)
+        return StudentSampler((start,), self.input, self.t_min, clip_sample=self.clip_sample)
 
     def student_loss(self, nets: Nets, batch: Batch) -> Loss:
         """``|y(z, s) - sg[step of y(z, t)]|^2 + beta |y(z, t') - sg[step of D(z, t_max)]|^2``.
@@ -104,6 +108,7 @@ class BOOT(Method):
         """
         noise, cond = batch.noise, batch.cond
         teacher, student = nets["teacher"], nets["student"]
+        show = self.sampler(teacher.process).shown
         start = noise.new_full((len(noise),), snapped(teacher.process, self.t_max), dtype=torch.float64)
         x_start = teacher.process.student_input(noise, start, self.input)
 
@@ -116,13 +121,14 @@ class BOOT(Method):
         edge = slice(0, max(1, round(self.boundary_fraction * len(noise))))
         t_edge = (start - self.delta * torch.rand_like(start))[edge]
         with torch.no_grad():
-            y_t = student(*signal(t)).x0
+            y_t = show(student(*signal(t))).x0
             target = signal_step(teacher, y_t, noise, t, s, cond, self.solver)
             first = teacher(x_start[edge], start[edge], select(cond, edge)).x0
             edge_target = signal_step(teacher, first, noise[edge], start[edge], t_edge, select(cond, edge), self.solver)
 
         (x, label, told), (x_edge, label_edge, told_edge) = signal(s), signal(t_edge, edge)
-        y = student(torch.cat([x, x_edge]), torch.cat([label, label_edge]), concatenate(told, told_edge)).x0
+        both = torch.cat([x, x_edge]), torch.cat([label, label_edge]), concatenate(told, told_edge)
+        y = show(student(*both)).x0
         bootstrap = (y[: len(noise)] - target).square().mean()
         boundary = (y[len(noise) :] - edge_target).square().mean()
         loss = bootstrap + self.boundary_weight * boundary

@@ -101,6 +101,8 @@ class FreeFlow(Method):
     """Updates of the fake network per student update."""
     init_ratio: float = math.inf
     """``sigma / alpha`` at which noise enters; ``inf`` is pure noise, which eps-teachers cannot start at."""
+    clip_sample: bool = False
+    """Correct pictures: what of a sample lies beyond [-1, 1] is clipped, as the pipeline will do, and not corrected."""
     input: InputScale = "unit"
     """What the student is fed: the noise itself, or ``sigma`` times it (VE)."""
 
@@ -132,7 +134,8 @@ class FreeFlow(Method):
         yield Turn("student", self.student_loss)
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        return StudentSampler(times=(time_at_ratio(process, self.init_ratio),), input=self.input, target_time=0.0)
+        start = time_at_ratio(process, self.init_ratio)
+        return StudentSampler((start,), self.input, 0.0, clip_sample=self.clip_sample)
 
     def fake_loss(self, nets: Nets, batch: Batch) -> Loss:
         """Denoising score matching on the student's samples, in rectified-flow coordinates."""
@@ -156,7 +159,8 @@ class FreeFlow(Method):
         size = pixel_mean(residual.square())
         prediction = residual * broadcast((size + self.eps) ** -self.decay, residual)
         x0 = told.x0[second]
-        gap = correction(nets, x0, start * self.times.draw(FLOW, x0), select(cond, second))
+        shown = self.sampler(process).picture(x0)
+        gap = correction(nets, shown, start * self.times.draw(FLOW, x0), select(cond, second)) * (shown == x0)
         scale = self.correction_ratio * norm(prediction) / (norm(gap) + self.eps)
         loss = descent(mean_velocity[first], prediction) + descent(mean_velocity[second], scale * gap)
         log = {"loss": loss, "residual": size.mean(), "correction": norm(gap), "balance": scale, "std": x0.std()}

@@ -48,6 +48,8 @@ class TBCM(Method):
     """``sigma / alpha`` of every call, falling, in place of ``steps`` even ones from ``start_ratio``."""
     input: InputScale = "sigma"
     """What a trajectory starts from, and the student's first call is fed: ``sigma_t`` times the noise, or itself."""
+    clip_sample: bool = False
+    """Compare pictures: what lies beyond [-1, 1] is clipped, as the pipeline will do, and has no tangent."""
     t_min: float = 0.0025
     """End of the route, in the teacher's own time; below it the student is nearly the identity by construction."""
     route_points: int = 16
@@ -115,7 +117,8 @@ class TBCM(Method):
         return rise * (1 - min(1.0, max(0.0, (step - first) / steps)) * (1 - end))
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        return StudentSampler(few_step_times(process, self.start_ratio, self.steps, self.levels), self.input)
+        times = few_step_times(process, self.start_ratio, self.steps, self.levels)
+        return StudentSampler(times, self.input, clip_sample=self.clip_sample)
 
     def student_loss(self, nets: Nets, batch: Batch, ramp: float = 1.0) -> Loss:
         """The mean of ``loss_at`` over trajectories and their points."""
@@ -136,8 +139,11 @@ class TBCM(Method):
         derivative = exact_change if self.jvp == "exact" else partial(finite_change, step=self.finite_step)
         with torch.no_grad(), without_autocast(points.x):
             change = derivative(nets["still"].under(view), points)
-        found = slope(nets["student"].under(view)(points.x, points.t, points.cond))
+        prediction = nets["student"].under(view)(points.x, points.t, points.cond)
+        found = slope(prediction)
         g = tangent(found.detach(), change, points, ramp)
+        if self.clip_sample:
+            g = g * (prediction.x0.detach().abs() < 1)
         size = total(g.square()).sqrt()
         each = total((found - found.detach() - g / broadcast(size + self.tangent_constant, g)).square())
         if self.log_variance_rate:

@@ -57,6 +57,9 @@ class TSCD(Method):
     """``sigma / alpha`` at which trajectories start, about 10 for eps-teachers; ``inf`` is pure noise."""
     input: InputScale = "unit"
     """What trajectories start with: the noise itself, or ``sigma`` times it (VE)."""
+    clip_sample: bool = False
+    """Compare pictures: every ``x0`` of the student is clipped to [-1, 1], as the pipeline will do; what lies beyond
+    has no gradient."""
     distance: Literal["huber", "l2"] = "huber"
     """How far two jumps are apart, per element: ``sqrt(r^2 + c^2) - c`` or ``r^2``."""
     huber_c: float = 0.001
@@ -122,8 +125,9 @@ class TSCD(Method):
         yield Turn("student", partial(self.student_loss, segments=segments, scored=scored))
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
-        times = few_step_times(process, self.init_ratio, self.teacher_steps)
-        return StudentSampler(times[:: self.teacher_steps // self.segments[-1]], self.input, None, "ddim")
+        grid = few_step_times(process, self.init_ratio, self.teacher_steps)
+        times = grid[:: self.teacher_steps // self.segments[-1]]
+        return StudentSampler(times, self.input, None, "ddim", self.clip_sample)
 
     def fake_loss(self, nets: Nets, batch: Batch) -> Loss:
         """Denoising score matching on the student's samples."""
@@ -145,12 +149,13 @@ class TSCD(Method):
     def jump_loss(self, nets: Nets, batch: Batch, segments: int) -> Loss:
         """``d(J(x_k, k -> n), sg J(x_{k+1}, k+1 -> n))``, with ``x_{k+1}`` itself as target where ``k + 1 = n``."""
         grid, length = self._grid(nets["teacher"].process, batch.noise), self.teacher_steps // segments
+        show = self.sampler(nets["teacher"].process).shown
         x, k, ahead, cond = self.pairs(nets["teacher"], batch)
         end = (k // length + 1) * length
         with torch.no_grad():
-            jumped = grid.arrive(nets["still"](ahead, grid.times[k + 1], cond), end)
+            jumped = grid.arrive(show(nets["still"](ahead, grid.times[k + 1], cond)), end)
             target = torch.where(column(k + 1 == end, ahead), ahead, jumped)
-        prediction = nets["student"](x, grid.times[k], cond)
+        prediction = show(nets["student"](x, grid.times[k], cond))
         squared = (grid.arrive(prediction, end) - target).square()
         c = self.huber_c
         loss = pixel_mean(squared if self.distance == "l2" else (squared + c * c).sqrt() - c).mean()
