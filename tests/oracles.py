@@ -35,6 +35,20 @@ def cubature(dim: int) -> Tensor:
     return torch.cat([points, -points])
 
 
+def scattered(mean: float, variance: float, a: float, s: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples of ``N(mean, variance)``, noise, and weights of sum 1, ``(N, 1)`` each.
+
+    The weighted sum of what is at most quadratic in ``x_g`` at given ``x_t = a x_g + s eps``, and analytic in ``x_t``,
+    is its expectation: two samples stand for the normal law of ``x_g`` at ``x_t``, the trapezoid rule for ``x_t``.
+    """
+    z = torch.linspace(-9, 9, 301, dtype=torch.float64).repeat(2)[:, None]
+    side = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat_interleave(301)[:, None]
+    total = a * a * variance + s * s
+    x_g = mean + a * variance * total**-0.5 * z + side * s * (variance / total) ** 0.5
+    weight = (-0.5 * z.square()).exp()
+    return x_g, (a * mean + total**0.5 * z - a * x_g) / s, weight / weight.sum()
+
+
 class Mixture(nn.Module):
     """``sum_k weights_k N(means_k, covs_k)`` in D dimensions.
 
@@ -121,6 +135,18 @@ class Particles(nn.Module):
     def denoiser(self) -> Denoiser:
         """This network as a denoiser."""
         return Denoiser(self, self.process, "x0", call)
+
+
+class Targeted:
+    """A law whose denoiser is read through a network of one target."""
+
+    def __init__(self, law: Mixture, target: Target) -> None:
+        self.law = law
+        self.target: Target = target
+
+    def denoiser(self, process: NoiseProcess) -> Denoiser:
+        """The perfect denoiser of the law."""
+        return self.law.denoiser(process, self.target)
 
 
 def gaussian(mean: Tensor, cov: Tensor) -> Mixture:
