@@ -20,7 +20,7 @@ from .metrics import collecting, score
 from .metrics.base import Extractor, Source, Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.collecting import Collected, Network, Stream, collect, reader
-from .metrics.extractors import load_extractor
+from .metrics.extractors import Digits, load_extractor
 from .metrics.forms import PICKLES, TORCH, Statistics
 from .metrics.precision import full_precision, tf32
 from .metrics.presets import protocol as preset
@@ -119,8 +119,9 @@ class Run:
         return found[:count]
 
     def _extractor(self, name: str) -> Extractor:
-        told = self.options
-        found = load_extractor(name, weights=told.weights, device=self.device, trust=told.trust, download=told.download)
+        told, needed = self.options, {self.protocol.network(metric)[0] for metric in self.protocol.metrics}
+        weights = None if name == Digits.name and len(needed) > 1 else told.weights  # They are for the others.
+        found = load_extractor(name, weights=weights, device=self.device, trust=told.trust, download=told.download)
         self.extractors[name] = found
         return found
 
