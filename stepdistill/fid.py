@@ -202,7 +202,7 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     )
     add("--num", dest="count", type=positive, metavar="N", help="the first N images")
     add("--prompts", metavar="FILE", help="one prompt an image, a line each")
-    add("--weights", metavar="FILE", help="weights of the network, or a folder of them")
+    add("--weights", metavar="FOLDER", help="where the networks' weights are, and downloads go; or the file of one")
     add("--trust", action="store_true", help="take weights with another checksum than the published")
     add("--download", action="store_true", help="fetch weights that are not here")
     add("--batch-size", type=positive, default=64)

@@ -24,7 +24,7 @@ def ref(images: str, out: Path, options: Options) -> list[str]:
     Raises:
         UserError: an input that cannot be read, or a file that cannot be written.
     """
-    if out.suffix != ".npz" or not out.parent.is_dir():
+    if out.suffix.lower() != ".npz" or not out.parent.is_dir():
         raise UserError(
             f"statistics are written to an .npz in a folder that exists, got {out}; `convert` makes others of it"
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .errors import UserError
@@ -20,8 +20,8 @@ from .metrics import collecting, score
 from .metrics.base import Extractor, Source, Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.collecting import Collected, Network, Stream, collect, reader
-from .metrics.extractors import load_extractor
-from .metrics.forms import Statistics
+from .metrics.extractors import Digits, load_extractor
+from .metrics.forms import PICKLES, TORCH, Statistics
 from .metrics.precision import full_precision, tf32
 from .metrics.presets import protocol as preset
 from .metrics.protocols import CLASSIFIERS, FRECHET, PARTS, SINGLE
@@ -119,8 +119,9 @@ class Run:
         return found[:count]
 
     def _extractor(self, name: str) -> Extractor:
-        told = self.options
-        found = load_extractor(name, weights=told.weights, device=self.device, trust=told.trust, download=told.download)
+        told, needed = self.options, {self.protocol.network(metric)[0] for metric in self.protocol.metrics}
+        weights = None if name == Digits.name and len(needed) > 1 else told.weights  # They are for the others.
+        found = load_extractor(name, weights=weights, device=self.device, trust=told.trust, download=told.download)
         self.extractors[name] = found
         return found
 
@@ -274,12 +275,14 @@ def calc(images: str, reference: str | None, options: Options) -> dict[str, Any]
 
 def _contents(path: str) -> tuple[bool, bool]:
     """Whether there are statistics at ``path``, and whether there are images; a reference of ADM holds both."""
-    if path.endswith((".pkl", ".pickle", ".pt")):
+    suffix = Path(path).suffix.lower()
+    if suffix in PICKLES + TORCH:
         return True, False
-    if not (path.endswith(".npz") and Path(path).is_file()):
+    if suffix != ".npz" or not Path(path).is_file():
         return False, True
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return bool({"mu", "mu_s", "feats"} & set(archive.files)), "arr_0" in archive.files
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is truncated or not an .npz: {error}; restore it, or make it again") from None
+    return bool({"mu", "mu_s", "feats"} & names), "arr_0" in names

@@ -16,7 +16,9 @@ from random_networks import save_nvidia_inception
 from stepdistill import prompts
 from stepdistill.__main__ import main
 from stepdistill.errors import UserError
+from stepdistill.evaluation import Evaluator
 from stepdistill.images import load_digits
+from stepdistill.metrics.frechet import Moments, Reference
 from stepdistill.metrics.presets import PRESETS
 from stepdistill.metrics.weights import KNOWN, VARIABLE
 from stepdistill.scoring import Options, calc
@@ -228,6 +230,41 @@ def test_a_reference_that_would_run_code_is_refused_and_not_run(tmp_path, incept
     assert not (tmp_path / "was here").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"neither"])
+def test_a_damaged_reference_is_refused_by_its_name_here_and_in_a_recipe(tmp_path, content, capsys):
+    (tmp_path / "ref.npz").write_bytes(content)
+    said = f"{tmp_path / 'ref.npz'} is truncated or not an .npz"
+    assert said in refused(capsys, "calc", "builtin:digits", tmp_path / "ref.npz", "--preset", "digits")
+    with pytest.raises(UserError, match=re.escape(said)):
+        Evaluator(str(tmp_path / "ref.npz"))
+
+
+def test_a_sigma_of_negative_eigenvalues_is_no_covariance(tmp_path, capsys):
+    sigma = np.eye(80)
+    sigma[0, 1] = sigma[1, 0] = 3
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(80), sigma=sigma)
+    message = refused(capsys, "calc", "builtin:digits", tmp_path / "ref.npz", "--preset", "digits")
+    assert "eigenvalues from -2 to 4, so it is not a covariance" in message
+
+
+def test_a_sigma_that_float32_sums_have_rounded_is_one():
+    rows = (torch.randn(60, 200, generator=torch.Generator().manual_seed(0)) + 3).relu()
+    sigma = rows.T @ rows / 60 - torch.outer(rows.mean(0), rows.mean(0))
+    assert torch.linalg.eigvalsh(sigma.double())[0] < -1e-7
+    Reference(Moments(60, rows.mean(0).double(), sigma.double()))
+
+
+@pytest.mark.parametrize("name", ["a.NPZ", "a.pth", "a.PT", "a.PKL"])
+def test_a_suffix_in_capitals_is_that_suffix(tmp_path, name, capsys):
+    assert run(capsys, "ref", "builtin:digits", "--preset", "digits", "--out", tmp_path / "ref.NPZ")[0] == 0
+    form = ("--form", "sid") if name == "a.PKL" else ()
+    written = tmp_path / name.replace("pth", "pt")
+    assert run(capsys, "convert", tmp_path / "ref.NPZ", written, *form)[0] == 0
+    written.rename(tmp_path / name)
+    told = ("calc", "builtin:digits", tmp_path / name, "--preset", "digits")
+    assert scored(capsys, *told)["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.fixture
 def full_disk():
     """Files cannot grow beyond so many bytes, which fails writes as a full disk does."""
@@ -271,6 +308,18 @@ def test_a_full_disk_keeps_the_images_written_before(tmp_path, full_disk, capsys
     assert kept == {name: content for name, content in images.items() if name < largest}
     (tmp_path / "file").touch()
     assert "cannot write images to" in refused(capsys, *told, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["ref.pt", "ref.pkl", "ref.npz"])
+def test_a_full_disk_keeps_the_statistics_that_were_there_before(tmp_path, full_disk, name, capsys):
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, mu=np.zeros(80), sigma=np.eye(80))
+    (tmp_path / name).write_bytes(b"old")
+    full_disk(10_000)
+    assert f"cannot write {tmp_path / name}: " in refused(capsys, "convert", whole, tmp_path / name)
+    full_disk(None)
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert {file.name for file in tmp_path.iterdir()} == {whole.name, name}
 
 
 def test_encoded_prompts_that_cannot_be_kept_are_an_error_that_names_the_file(tmp_path, full_disk, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import open_clip.factory
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from random_networks import TINY_CLIP, save_openai_clip, tell_open_clip
+from random_networks import TINY_CLIP, save_nvidia_inception, save_openai_clip, tell_open_clip
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
@@ -131,6 +131,9 @@ def test_weights_of_another_architecture_are_refused(folder, tmp_path):
     save_file(state, tmp_path / "partial.safetensors")
     with pytest.raises(UserError, match="does not fit tiny"):
         load_towers("tiny", weights_at(tmp_path / "partial.safetensors"))
+    inception = save_nvidia_inception(tmp_path / "inception.pt", width=6)
+    with pytest.raises(UserError, match=r"inception\.pt does not fit ViT-g-14"):  # Nor is it of OpenAI.
+        load_towers("ViT-g-14", weights_at(inception))
 
 
 @pytest.mark.parametrize("architecture", ["no such model", "ViT-B-16-SigLIP", "coca_ViT-B-32", "roberta-ViT-B-32"])

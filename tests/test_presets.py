@@ -211,6 +211,15 @@ def test_clip_scores_of_two_runs_compare_without_a_reference(networks, tmp_path,
     assert values(found)["clip"] == pytest.approx(scores[0] - scores[1], abs=1e-7)
 
 
+def test_weights_that_are_named_serve_clip_beside_the_digits_which_have_theirs(networks, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "images.npz", pictures(COUNT, 8, 0))
+    (tmp_path / "prompts.txt").write_text("a digit\n" * COUNT)
+    told = ("calc", tmp_path / "images.npz", "builtin:digits", "--prompts", tmp_path / "prompts.txt")
+    told = (*told, "--metrics", "fid,clip", "--weights", os.environ[VARIABLE])
+    monkeypatch.delenv(VARIABLE)
+    assert scored(capsys, *told)["weights"].keys() == {"digits", "clip score"}
+
+
 def test_the_script_of_the_clip_score_is_the_command(networks, tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "images.npz", pictures(COUNT, 36, 0))
     (tmp_path / "prompts.txt").write_text("".join(f"picture {k}\n" for k in range(COUNT)))

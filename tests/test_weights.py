@@ -143,6 +143,18 @@ def test_a_file_in_the_variable_is_only_for_the_network_of_its_name(known, tmp_p
     assert find_weights("inception").path == cache
 
 
+def test_a_file_serves_the_network_whose_checksum_it_has_and_others_are_looked_for_as_usual(known, tmp_path):
+    inception = put(tmp_path / "any name")
+    with pytest.raises(UserError) as missing:
+        find_weights("clip-vit-b-32", path=inception)
+    assert f"the weights ViT-B-32.pt (354 MB) are not in {tmp_path}" in str(missing.value)
+    assert str(missing.value).endswith(f"; {inception} is that of inception, and --weights FOLDER may hold both")
+    clip = put(tmp_path / "home/.cache/clip/ViT-B-32.pt", b"clip")
+    assert find_weights("clip-vit-b-32", path=inception, trust=True).path == clip
+    assert find_weights("inception", path=inception).path == inception
+    assert find_weights("clip-vit-b-32", path=put(tmp_path / "unknown", b"?"), trust=True).path == tmp_path / "unknown"
+
+
 def test_a_wrong_checksum_is_refused_and_said(known, tmp_path):
     path = put(tmp_path / "evil.pt", b"evil")
     with pytest.raises(UserError) as refused:
@@ -207,6 +219,17 @@ def test_a_download_lands_whole_in_the_folder_of_the_user(known, server, tmp_pat
     assert weights == Weights(folder / known.name, DIGEST)
     assert [file.name for file in folder.iterdir()] == [known.name]
     find_weights("inception", download=True)
+    assert asked == [known.url]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_download_lands_in_the_folder_that_is_named_and_is_found_there(known, server, tmp_path, there):
+    folder = tmp_path / "named"
+    if there:
+        folder.mkdir()
+    asked = server(CONTENT)
+    assert find_weights("inception", path=folder, download=True).path == folder / known.name
+    assert find_weights("inception", path=folder, download=True).path == folder / known.name
     assert asked == [known.url]
 
 

@@ -97,11 +97,6 @@ def load_towers(architecture: str, weights: Weights, *, device: torch.device | s
     config = open_clip.get_model_config(architecture)
     if config is None or not _is_plain(config):
         raise UserError(f"{architecture} is not a plain CLIP of open_clip.list_models(), such as ViT-B-32-quickgelu")
-    if weights.is_program() and not config.get("quick_gelu", False):
-        raise UserError(
-            f"{weights.path} are weights of OpenAI, trained with QuickGELU, and {architecture} computes GELU; use "
-            f"{architecture}-quickgelu"
-        )
     state = {name.removeprefix("module."): tensor for name, tensor in weights.state().items()}
     for number in ("input_resolution", "context_length", "vocab_size"):  # OpenAI keeps them beside the weights.
         state.pop(number, None)
@@ -111,6 +106,11 @@ def load_towers(architecture: str, weights: Weights, *, device: torch.device | s
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"{weights.path} does not fit {architecture}: {first_line(error)}") from None
+    if weights.is_program() and not config.get("quick_gelu", False):
+        raise UserError(
+            f"{weights.path} are weights of OpenAI, trained with QuickGELU, and {architecture} computes GELU; use "
+            f"{architecture}-quickgelu"
+        )
     model.attn_mask = torch.full((model.context_length,) * 2, -torch.inf).triu(1)  # In no state dict.
     model = model.float().eval().requires_grad_(False).to(device)
     return Towers(model, open_clip.get_tokenizer(architecture), config["vision_cfg"]["image_size"], weights.sha256)

@@ -20,6 +20,8 @@ from .pickled import read_pickle, read_torch
 
 KINDS = {"fid": "fid", "fd-dinov2": "fd_dinov2", "sfid": None}
 """What statistics are for, and EDM2's name of it."""
+PICKLES, TORCH = (".pkl", ".pickle"), (".pt", ".pth")
+"""Suffixes of files of statistics, beside ``.npz``; capitals count as small letters."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ def content_of(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is not a file; statistics are .npz, .pkl or .pt, downloaded where they are on the web")
     suffix = path.suffix.lower()
-    if suffix in (".pkl", ".pickle"):
+    if suffix in PICKLES:
         return read_pickle(path)
-    if suffix in (".pt", ".pth"):
+    if suffix in TORCH:
         return read_torch(path)
     if suffix != ".npz":
         raise UserError(f"statistics are .npz, .pkl or .pt, got {path}")

@@ -79,7 +79,7 @@ def write_statistics(
     """
     path = Path(path)
     _known(kind)
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         raise UserError(f"statistics are written as .npz, got {path}; `convert` rewrites them in other forms")
     if protocol:
         told = {"name": protocol.name, "digest": protocol.digest(), "text": protocol.text()}

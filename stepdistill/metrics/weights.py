@@ -161,18 +161,21 @@ def find_weights(name: str, *, path: str | Path | None = None, trust: bool = Fal
 
     Args:
         name: key of ``KNOWN``.
-        path: the file, or a folder that holds it; by default ``$STEPDISTILL_WEIGHTS``, then the usual caches.
+        path: the file, or a folder that holds it; by default, and where the file is that of another network,
+            ``$STEPDISTILL_WEIGHTS``, then the usual caches.
         trust: take a file whose checksum is not the known one. TorchScript files are programs.
-        download: fetch what is nowhere to be found; a download must have the known checksum.
+        download: fetch what is nowhere to be found, into the folder ``path`` if there is one; a download must have the
+            known checksum.
 
     Raises:
         UserError: not there, not the known file, or the download failed.
     """
-    known = KNOWN[name]
+    known, another = KNOWN[name], _another(name, path)
+    path = None if another else path
     found = locate(known, path)
     if found is None and not download:
-        raise UserError(_missing(known, path))
-    found = found or fetch(known)
+        raise UserError(_missing(known, path) + another)
+    found = found or fetch(known, path)
     got = sha256_of(found)
     if got != known.sha256 and not trust:
         raise UserError(
@@ -180,6 +183,16 @@ def find_weights(name: str, *, path: str | Path | None = None, trust: bool = Fal
             "replace it, or pass --trust if you know where it comes from"
         )
     return Weights(found, got)
+
+
+def _another(name: str, path: str | Path | None) -> str:
+    """What to say of the file at ``path`` where it is the published one of another network than ``name``."""
+    file = None if path is None else Path(path).expanduser()
+    if file is None or not file.is_file():
+        return ""
+    got = sha256_of(file)
+    other = next((each for each, known in KNOWN.items() if known.sha256 == got), name)
+    return "" if other == name else f"; {file} is that of {other}, and --weights FOLDER may hold both"
 
 
 def locate(known: KnownFile, path: str | Path | None = None) -> Path | None:
@@ -205,13 +218,13 @@ def sha256_of(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def fetch(known: KnownFile) -> Path:
-    """Download to ``$STEPDISTILL_WEIGHTS`` or the user's cache; the file comes whole and checked, or not at all.
+def fetch(known: KnownFile, path: str | Path | None = None) -> Path:
+    """Download to the folder ``path``, ``$STEPDISTILL_WEIGHTS`` or the user's cache, whole and checked, or not at all.
 
     Raises:
         UserError: no connection, or not the known file.
     """
-    folder = _folder()
+    folder = Path(path).expanduser() if path else _folder()
     part, target = folder / f".{known.name}.{os.getpid()}.part", folder / known.name
     print(f"downloading {known.url} ({known.size / 1e6:.0f} MB) to {folder}", file=sys.stderr)
     digest = hashlib.sha256()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import zipfile
@@ -70,7 +71,7 @@ def form_of(path: Path, name: str | None) -> Form:
     known = ", ".join(f"{each} ({form.suffix})" for each, form in FORMS.items())
     if name is not None and name not in FORMS:
         raise UserError(f"statistics are written as {known}, got --form {name}")
-    fitting = [form for each, form in FORMS.items() if name in (None, each) and form.suffix == path.suffix]
+    fitting = [form for each, form in FORMS.items() if name in (None, each) and form.suffix == path.suffix.lower()]
     if not fitting:
         asked = "" if name is None else f" for --form {name}"
         raise UserError(f"statistics are written as {known}, got {path}{asked}")
@@ -154,7 +155,9 @@ def _torch_fidelity(file: IO[bytes], found: Found, images: ArrayFile | None) -> 
     """An entry of the cache, which is compared with float32 means alone."""
     [statistics] = found.values()
     mean, covariance = _arrays(statistics)
-    torch.save({"mu": mean.astype(np.float32), "sigma": covariance}, file)
+    whole = io.BytesIO()  # On a full disk torch.save raises no OSError.
+    torch.save({"mu": mean.astype(np.float32), "sigma": covariance}, whole)
+    file.write(whole.getbuffer())
 
 
 _ONE = ("fid", "fd-dinov2")
