@@ -188,7 +188,8 @@ class RealData(Section):
     """Real images, for the adversarial term of a method; without this section a run is data-free."""
 
     images: str
-    """Folder, ``.npz`` or ``builtin:digits``, of the teacher's size and channels."""
+    """Folder, ``.npz`` or ``builtin:digits``, of the teacher's size and channels; a VAE encodes them once.  They come
+    without labels or prompts, so a teacher with these needs ``method.fake_guidance=0``."""
 
 
 class Evaluate(Section):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .conditions import NO_COND, Cond, Turns, in_turn, select
-from .config import Data, RealData
+from .config import Data, RealData, Stage
 from .errors import UserError
 from .images import to_float
 from .methods.base import Batch
@@ -144,21 +144,44 @@ def check_conditions(teacher: Teacher, data: Data) -> list[str] | None:
 
 
 def real_images(teacher: Teacher, real_data: RealData) -> Tensor:
-    """The images of ``real_data``, ``(N, C, H, W)`` in [-1, 1].
+    """The images of ``real_data``, ``(N, C, H, W)`` in [-1, 1], as pictures; ``Decoder.encode`` makes samples of them.
 
     Raises:
-        UserError: they are unreadable, or not of the teacher's size; or the teacher wants labels for them, or makes
-            latents.
+        UserError: they are unreadable, or not of the teacher's size; or nothing makes samples of them.
     """
-    if teacher.makes_latents:
-        raise UserError("real_data: images of a teacher with a VAE would need encoding; this is not supported")
+    if teacher.decode is not None:
+        raise UserError(
+            f"real_data: {teacher.source} has a function that decodes samples, and none that encodes images"
+        )
     images = to_float(load_images(real_data.images))
-    if images.shape[1:] != teacher.sample_shape:
-        got, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], teacher.sample_shape))
+    made = (3, teacher.picture_size, teacher.picture_size) if teacher.makes_latents else teacher.sample_shape
+    if images.shape[1:] != made:
+        got, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], made))
         raise UserError(f"real_data.images: {real_data.images} holds {got} images, the teacher makes {wanted}")
-    if teacher.classes is not None:
-        raise UserError("real_data: images of a class-conditional teacher would need labels; this is not supported")
     return images
+
+
+def check_images(stages: tuple[Stage, ...], real_data: RealData | None, teacher: Teacher) -> None:
+    """Refuse images that nothing looks at, an adversarial term without images, and conditions that they do not have.
+
+    Raises:
+        UserError: as said.
+    """
+    takers = [stage.method.name for stage in stages if stage.method.takes_images]
+    if real_data is not None and not takers:
+        names = ", ".join(stage.method.name for stage in stages)
+        raise UserError(
+            f"real_data is given, but {names} takes no images; remove it, or set method.adversarial={{}} of a method "
+            "that has one (sid, dmd, swiftbrush)"
+        )
+    if real_data is None and takers:
+        raise UserError(f"the adversarial term of {takers[0]} needs real_data.images; set it, or adversarial=null")
+    asking = [stage.method.name for stage in stages if stage.method.judges_conditions]
+    if asking and (teacher.classes is not None or teacher.family.encode is not None):
+        raise UserError(
+            f"real_data holds images without {'labels' if teacher.classes else 'prompts'}: let {asking[0]} judge them "
+            "without, by fake_guidance=0 (Zero-CFG)"
+        )
 
 
 def draws(shape: tuple[int, ...], labels: list[int] | None, device: torch.device) -> DataFree:

@@ -1,4 +1,4 @@
-"""From samples to pictures: the pipeline's own VAE or the user's own function, where there is one."""
+"""From samples to pictures and back: the pipeline's own VAE or the user's own function, where there is one."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ class Decoder:
         pictures = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
         vae.to("cpu")
         return pictures.float()
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor, device: torch.device) -> Tensor:
+        """The means of the samples ``(B, C, H, W)`` that pictures in [-1, 1] are of; the pictures without a VAE."""
+        if not self.teacher.makes_latents:
+            return pictures.to(device)
+        vae = self._loaded().to(device)
+        parts = [vae.encode(part.to(device, vae.dtype)) for part in pictures.split(_BATCH)]
+        latents = torch.cat([made.latent if "latent" in made else made.latent_dist.mode() for made in parts])
+        vae.to("cpu")
+        return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
 
     def _loaded(self) -> Any:  # noqa: ANN401
         if self._vae is None:

@@ -100,7 +100,7 @@ class Denoiser:
     guidance: Guidance | None = None
     view: NoiseProcess | None = None
     bottleneck: Callable[[nn.Module], nn.Module] | None = None
-    """Finds the innermost layer of the network, where it has one."""
+    """Finds the layer that ``judged`` looks at, where there is one."""
     at_once: int | None = None
     """Rows that the network takes in one call, of those that it is given; ``None`` is all."""
     device: str | None = None
@@ -131,7 +131,7 @@ class Denoiser:
         return Prediction(self.process, x_t, t, x0, eps)
 
     def judged(self, x_t: Tensor, t: Tensor, cond: Cond = NO_COND) -> tuple[Prediction, Tensor]:
-        """The prediction, and the channel mean ``(B, ...)`` of the bottleneck's output ``(B, C, ...)`` on the way."""
+        """The prediction, and the mean ``(B, 1, ...)`` over the second axis of what ``bottleneck`` says on the way."""
         assert self.bottleneck is not None
         seen: list[Tensor] = []
 

@@ -25,6 +25,7 @@ from .best import Best
 from .checkpoints import Checkpoints
 from .config import Config, Training
 from .data import data_free, real_images
+from .decoder import Decoder
 from .errors import Diverged, UserError
 from .export import single_time
 from .learners import networks, tune
@@ -97,7 +98,8 @@ class Run:
         with self.accelerator.main_process_first():  # the others read the prompts that it has encoded
             self.data = data_free(self.teacher, config.data, self.accelerator.device)
         if images is not None:
-            self.data = replace(self.data, images=images.to(self.accelerator.device))
+            images = Decoder(self.teacher).encode(images, self.accelerator.device)
+            self.data = replace(self.data, images=images)
         self.teacher.denoiser.network.to(self.accelerator.device)
         two_passes = config.training.guidance_in_two_passes
         taught = self.teacher.guided(config.data, self.data.null, two_passes=two_passes)

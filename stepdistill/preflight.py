@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from accelerate.utils import LoggerType, str_to_bool
 
-from .config import Config, Evaluate, RealData, Stage, Training
-from .data import DataFree, check_conditions
+from .config import Config, Evaluate, Stage, Training
+from .data import DataFree, check_conditions, check_images
 from .denoiser import Denoiser
 from .errors import UserError, first_line
 from .hosting import Plan, plan
@@ -52,7 +52,7 @@ def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Pla
         guidance=config.data.scale if teacher.embeds_guidance and not config.data.scales else None,
     )
     check_evaluation(config.evaluate, teacher, prompts)
-    check_images(stages, config.real_data)
+    check_images(stages, config.real_data, teacher)
     return samplers, hosted
 
 
@@ -277,20 +277,3 @@ def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
         raise UserError(
             f"training.lora.student: the student of {method.name} learns a second time embedding; remove it"
         )
-
-
-def check_images(stages: tuple[Stage, ...], real_data: RealData | None) -> None:
-    """Refuse images that nothing looks at, and an adversarial term without images.
-
-    Raises:
-        UserError: as said.
-    """
-    takers = [stage.method.name for stage in stages if stage.method.takes_images]
-    if real_data is not None and not takers:
-        names = ", ".join(stage.method.name for stage in stages)
-        raise UserError(
-            f"real_data is given, but {names} takes no images; remove it, or set method.adversarial={{}} of a method "
-            "that has one (sid, dmd, swiftbrush)"
-        )
-    if real_data is None and takers:
-        raise UserError(f"the adversarial term of {takers[0]} needs real_data.images; set it, or adversarial=null")

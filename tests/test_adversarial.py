@@ -8,15 +8,21 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_unet
+from diffusers import AutoModel
+from families import build
 from oracles import PROCESSES, call
 from test_distill import metrics, run
 from torch import nn
 
 from stepdistill.backbones import unet2d
+from stepdistill.config import Config
 from stepdistill.denoiser import Denoiser
+from stepdistill.distill import Run
+from stepdistill.errors import UserError
 from stepdistill.methods import DMD, Batch, DisBack, SiD, SwiftBrush
 from stepdistill.methods._adversarial import Adversarial, adversarial_gradient, judging_loss
 from stepdistill.process import VE, Flow
+from stepdistill.teacher import settings_of
 
 
 class Judge(nn.Module):
@@ -118,7 +124,7 @@ def test_methods_are_data_free_unless_asked():
     assert DisBack(method=SiD(adversarial=Adversarial())).takes_images
     with pytest.raises(ValueError, match="one pass to judge by"):
         SiD(adversarial=Adversarial(), fake_guidance=2.0).check(judge())
-    with pytest.raises(ValueError, match="bottleneck"):
+    with pytest.raises(ValueError, match="by which layer of the network to judge"):
         SiD(adversarial=Adversarial()).check(Denoiser(Judge(), VE(), "edm", call))
 
 
@@ -161,3 +167,56 @@ def test_images_that_do_not_fit_are_refused_before_anything_is_written(
     )
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+JUDGING = {"name": "dmd", "fake_updates": 1, "fake_guidance": 0, "adversarial": {}, "input": "unit"}
+
+
+def guided(name: str, folder, out, file) -> dict:
+    told = (
+        {"class_labels": [3, 7], "null_label": 1000}
+        if name in ("dit", "sit")
+        else {"prompts": ["a cat", "a dog"], "negative_prompt": ""}
+    )
+    return {
+        "teacher": str(folder),
+        "output_dir": str(out),
+        "steps": 2,
+        "method": {**JUDGING, "init_ratio": 2.5},
+        "data": told | ({"resolution": 32} if name == "sana" else {}),
+        "real_data": {"images": str(file)},
+        "training": {"batch_size": 2, "trackers": [], "log_every": 1},
+        "export": {"check": False},
+    }
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sana", "pixart", "dit", "sit"])
+def test_students_of_latents_are_judged_beside_encoded_images_without_their_conditions(name, tmp_path):
+    """By the middle block of a UNet, and by the layer before the output of a transformer."""
+    folder = build(name, tmp_path / "teacher")
+    config = Config.model_validate(guided(name, folder, tmp_path / "run", tmp_path / "images.npz"))
+    size = settings_of(config).picture_size
+    pictures = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", pictures)
+    made = Run(config)
+    teacher = made.teacher
+    vae = AutoModel.from_pretrained(str(teacher.folder), subfolder="vae").eval()
+    with torch.no_grad():
+        encoded = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1)
+        latents = encoded.latent if "latent" in encoded else encoded.latent_dist.mode()
+    expected = (latents - (vae.config.get("shift_factor") or 0)) * vae.config["scaling_factor"]
+    torch.testing.assert_close(made.data.images, expected, atol=1e-4, rtol=1e-3)
+    assert made.data.images is not None
+    assert made.data.images.shape[1:] == teacher.sample_shape
+    log = made.trainer.step()
+    assert log["fake/judging"] > 0
+    assert log["student/looks_real"] > 0
+
+
+def test_images_have_no_prompts_to_be_judged_by(tmp_path):
+    folder = build("sd", tmp_path / "teacher")
+    settings = guided("sd", folder, tmp_path / "run", tmp_path / "images.npz")
+    settings["method"]["fake_guidance"] = 1
+    np.savez(tmp_path / "images.npz", np.zeros((2, 64, 64, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"images without prompts: let dmd judge them without, by fake_guidance=0"):
+        Run(Config.model_validate(settings))

@@ -6,7 +6,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Family, numbers, square
+from .family import Family, last_norm, numbers, square
 
 
 def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
@@ -23,6 +23,7 @@ DIT = Family(
     call=call,
     shape=square,
     output="proj_out_2",
+    bottleneck=last_norm,
     classes=lambda config: config["num_embeds_ada_norm"],
     null_label=1000,  # DiTPipeline's
     arguments={"guidance_scale": 1.0},

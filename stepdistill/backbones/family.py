@@ -56,7 +56,7 @@ class Family:
     null_label: int | None = None
     """The label that means "no class", where the family fixes it."""
     bottleneck: Callable[[nn.Module], nn.Module] | None = None
-    """Finds the innermost layer, where there is one."""
+    """Finds the layer by whose output ``(B, N, ...)``, averaged over N, the network judges in an adversarial term."""
     embeds_guidance: Callable[[Config], bool] = lambda config: False
     """Whether the network is told a guidance scale, instead of being called twice."""
     refuse: Callable[[Config], str | None] = lambda config: None
@@ -77,6 +77,11 @@ def square(config: Config) -> tuple[int, int, int]:
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return config["in_channels"], height, width
+
+
+def last_norm(network: nn.Module) -> nn.Module:
+    """The layer before a transformer's output, ``(B, tokens, C)``, wrapped or not (SiD-DiT, arXiv:2509.25127)."""
+    return next(module for name, module in network.named_modules() if name.split(".")[-1] == "norm_out")
 
 
 def rows(**tensors: torch.Tensor) -> Cond:

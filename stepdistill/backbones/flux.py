@@ -11,7 +11,7 @@ from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, numbers, rows
+from .family import Config, Family, last_norm, numbers, rows
 
 
 def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
@@ -97,6 +97,7 @@ FLUX = Family(
     tokens=lambda config, shape: shape[1] * shape[2] // 4,
     later_noise=_later_noise,
     output="proj_out",
+    bottleneck=last_norm,
     encode=_encode,
     told=_told,
     scales_input=False,

@@ -10,7 +10,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, numbers, rows, square
+from .family import Config, Family, last_norm, numbers, rows, square
 
 _ADDED = ("resolution", "aspect_ratio")
 
@@ -66,6 +66,7 @@ PIXART = Family(
     call=call,
     shape=square,
     output="proj_out",
+    bottleneck=last_norm,
     encode=_encode,
     told=_told,
     null=_null,

@@ -13,7 +13,7 @@ from diffusers.models.transformers.sana_transformer import SanaCombinedTimestepG
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, numbers, rows, square
+from .family import Config, Family, last_norm, numbers, rows, square
 
 _INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """What the stock pipeline puts before every prompt."""
@@ -73,6 +73,7 @@ SANA = Family(
     call=call,
     shape=square,
     output="proj_out",
+    bottleneck=last_norm,
     encode=_encode,
     told=_told,
     scales_input=False,

@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from ..conditions import Cond
-from .family import Config, Family, numbers, rows, square
+from .family import Config, Family, last_norm, numbers, rows, square
 
 
 def call(network: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
@@ -45,6 +45,7 @@ SD3 = Family(
     call=call,
     shape=square,
     output="proj_out",
+    bottleneck=last_norm,
     encode=_encode,
     told=_told,
     scales_input=False,

@@ -86,6 +86,10 @@ class ScoreDistillation(Method):
     def takes_images(self) -> bool:
         return self.adversarial is not None
 
+    @property
+    def judges_conditions(self) -> bool:
+        return self.adversarial is not None and self.fake_guidance != 0
+
     def check(self, teacher: Denoiser) -> None:
         super().check(teacher)
         start, remedy = self.sampler(teacher.process).times[0], "method.levels" if self.levels else "method.init_ratio"
@@ -93,7 +97,7 @@ class ScoreDistillation(Method):
         if self.adversarial and self.fake_guidance not in (0, 1):
             raise ValueError(f"adversarial needs fake_guidance 0 or 1, one pass to judge by, got {self.fake_guidance}")
         if self.adversarial and teacher.bottleneck is None:
-            raise ValueError("adversarial needs a network with a bottleneck to judge by; this family has none")
+            raise ValueError("adversarial needs to know by which layer of the network to judge; this family names none")
         scales = self.fake_scales(teacher)
         if teacher.guidance is None and any(scale != 1 for scale in scales):
             raise ValueError(

@@ -106,6 +106,11 @@ class Method(ABC):
         return False
 
     @property
+    def judges_conditions(self) -> bool:
+        """Its adversarial term also asks whether an image fits its condition, which real ones come without."""
+        return False
+
+    @property
     def avoids_forward_mode(self) -> str | None:
         """The setting that spares the student forward-mode derivatives; ``None`` where it takes none."""
         return None

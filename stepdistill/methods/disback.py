@@ -65,6 +65,10 @@ class DisBack(Method):
     def takes_images(self) -> bool:
         return self.method.takes_images
 
+    @property
+    def judges_conditions(self) -> bool:
+        return self.method.judges_conditions
+
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         return self.method.sampler(process)
 
