@@ -11,7 +11,7 @@ from oracles import PROCESSES, call, flow_map, gaussian
 from torch import nn
 
 from stepdistill.backbones import conditioned, unet2d
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Denoiser, Target
 from stepdistill.methods import BOOT, Batch
 from stepdistill.methods.boot import signal_step
 from stepdistill.process import VE, VP, Flow, InputScale, NoiseProcess, Trig
@@ -25,6 +25,7 @@ LINE = gaussian(*(torch.tensor(value, dtype=torch.float64) for value in ([LINE_M
 
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 every_solver = pytest.mark.parametrize("solver", ["ddim", "heun"])
+every_target = pytest.mark.parametrize("target", BOOT.targets)
 
 
 def times(t: float, like: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_exact_signal_is_affine_in_the_noise_with_the_known_coefficients(process
 
 
 @every_process
-@pytest.mark.parametrize("target", ["eps", "v", "x0", "flow", "edm"])
+@every_target
 def test_signal_step_moves_along_the_signal_ode(process, target):
     """``signal_step`` is ``y - (1 - rho)(y - D)``, and ``y - D`` is the slope of the exact signal in ``lambda``."""
     torch.manual_seed(0)
@@ -89,22 +90,52 @@ def test_ddim_step_of_the_signal_is_the_ddim_step_of_the_state(process):
     torch.testing.assert_close(process.add_noise(y_s, noise, times(s, y)), step.x, rtol=1e-12, atol=1e-12)
 
 
-def squared_residual(process: NoiseProcess, t: float, delta: float, solver) -> float:
+def squared_residual(process: NoiseProcess, t: float, delta: float, solver, target: Target = "x0") -> float:
     """``E |y_s - step(y_t)|^2`` at the exact signal of the line; linear in the noise, so two points are the mean."""
     noise = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     start, now, then = times(0.98, noise), times(t, noise), times(t - delta, noise)
     y_t, y_s = (exact_signal(LINE, process, noise, start, time) for time in (now, then))
-    return (y_s - signal_step(LINE.denoiser(process), y_t, noise, now, then, {}, solver)).square().mean().item()
+    step = signal_step(LINE.denoiser(process, target), y_t, noise, now, then, {}, solver)
+    return (y_s - step).square().mean().item()
 
 
-@pytest.mark.parametrize("process", [Trig(), Flow(), VP(torch.tensor([0.9999, 0.01], dtype=torch.float64))])
-def test_ddim_floor_at_the_exact_signal_is_the_formula(process):
-    """``(d lambda)^4 / 4 E|dD/dlambda|^2`` with ``dD/dlambda = -l e^{2 lambda} / (l + e^{2 lambda})^{3/2} xi``."""
-    t, delta = 0.6, 0.01
+def leading_residual(process: NoiseProcess, t: float, delta: float, solver) -> float:
+    """The same to leading order in ``h = d lambda``, for ``D(lambda)`` along the exact trajectory.
+
+    DDIM: ``h^2 / 2 D'``.  Heun, whose second call is at a state ``h^2 / 2 D'`` off, where D has the slope
+    ``k = l / (l + e^{2 lambda})``:  ``h^3 / 12 ((1 + 3 k) D' + D'')``.  Here ``D' = -l e^{2 lambda} / (l + e^{2
+    lambda})^{3/2} xi`` and ``xi = (x_t - alpha_t m) / v_t``, constant along the trajectory.
+    """
+    noise = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    start, now = times(0.98, noise), times(t, noise)
+    a, s = process.coefficients(now, noise)
+    x_t = process.add_noise(exact_signal(LINE, process, noise, start, now), noise, now)
+    xi = (x_t - a * LINE_MEAN) / (a.square() * LINE_VARIANCE + s.square()).sqrt()
     ends = log_ratio(process, torch.tensor([t, t - delta], dtype=torch.float64))
-    span, ratio = (ends[0] - ends[1]).item(), math.exp(2 * ends[0].item())
-    floor = span**4 / 4 * (LINE_VARIANCE * ratio) ** 2 / (LINE_VARIANCE + ratio) ** 3
-    assert squared_residual(process, t, delta, "ddim") == pytest.approx(floor, rel=0.1)
+    h, level = (ends[0] - ends[1]).item(), ends[0].clone().requires_grad_()
+    total = LINE_VARIANCE + (2 * level).exp()
+    slope = -LINE_VARIANCE * (2 * level).exp() / total**1.5
+    (bend,) = torch.autograd.grad(slope, level)
+    share = LINE_VARIANCE / total
+    residual = h**2 / 2 * slope if solver == "ddim" else h**3 / 12 * ((1 + 3 * share) * slope + bend)
+    return (residual.square() * xi.square().mean()).item()
+
+
+@every_process
+@every_target
+@every_solver
+def test_floor_at_the_exact_signal_is_the_formula(process, target, solver):
+    found = squared_residual(process, 0.61, 0.005, solver, target)
+    assert found == pytest.approx(leading_residual(process, 0.61, 0.005, solver), rel=0.1, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("solver", "floors"), [("ddim", (8.9e-5, 3.45e-4, 1.31e-3)), ("heun", (1.9e-9, 3.2e-8, 5.4e-7))]
+)
+def test_floors_of_the_cosine_process_are_the_specifications(solver, floors):
+    """Of N(0.7, 0.3) from 0.98 at 0.6, over ``delta^2``, for delta = 0.01, 0.02 and 0.04."""
+    for delta, known in zip((0.01, 0.02, 0.04), floors, strict=True):
+        assert squared_residual(Trig(), 0.6, delta, solver) / delta**2 == pytest.approx(known, rel=0.03, abs=0)
 
 
 @every_process
@@ -137,20 +168,21 @@ def chain_by_hand(steps: int, solver: str, start: float, end: float) -> float:
 
 
 @every_solver
-def test_chains_of_the_cosine_process_lose_the_known_spread(solver):
+@every_target
+def test_chains_of_the_cosine_process_lose_the_known_spread(solver, target):
     """The specification's table for N(0.7, 0.3): 8, 16, 32 and 64 steps, whose limit is the exact 0.5455."""
     process, start, end = Trig(), 0.98, 0.0015
     noise = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     exact = exact_signal(LINE, process, noise, times(start, noise), times(end, noise))
     exact_std = ((exact[0] - exact[1]) / 2).item()
-    errors = []
+    teacher, errors = LINE.denoiser(process, target), []
     for steps, known in zip((8, 16, 32, 64), TABLE[solver], strict=True):
         grid = torch.linspace(start, end, steps + 1, dtype=torch.float64)
-        y = LINE.denoiser(process)(noise, times(start, noise)).x0
+        y = teacher(noise, times(start, noise)).x0
         for t, s in pairwise(grid):
-            y = signal_step(LINE.denoiser(process), y, noise, t.expand(2), s.expand(2), {}, solver)
+            y = signal_step(teacher, y, noise, t.expand(2), s.expand(2), {}, solver)
         std = ((y[0] - y[1]) / 2).item()
-        assert std == pytest.approx(chain_by_hand(steps, solver, start, end), abs=1e-12)
+        assert std == pytest.approx(chain_by_hand(steps, solver, start, end), abs=1e-11)
         assert std == pytest.approx(known, abs=1e-3)
         errors.append(exact_std - std)
     assert exact_std == pytest.approx(0.5455, abs=5e-4)
@@ -180,13 +212,16 @@ class Chain(nn.Module):
 
 @every_process
 @every_solver
-@pytest.mark.parametrize(("t_min", "t_max"), [(0.0, 1.0), (0.06, 1.0), (0.0, 0.9)])
-def test_the_teachers_chain_is_a_fixed_point_with_zero_loss(process, solver, t_min, t_max):
+@pytest.mark.parametrize(
+    ("target", "t_min", "t_max"),
+    [("v", 0.0, 1.0), ("v", 0.06, 1.0), *((target, 0.0, 0.9) for target in BOOT.targets)],
+)
+def test_the_teachers_chain_is_a_fixed_point_with_zero_loss(process, solver, target, t_min, t_max):
     """Also where ``t_max`` lies between two entries of a DDPM table and the chain starts at the nearest one."""
     torch.manual_seed(0)
     scale = "sigma" if isinstance(process, VE) else "unit"
     method = BOOT(teacher_steps=7, solver=solver, t_min=t_min, t_max=t_max, input=scale)
-    teacher = LAW.denoiser(process, "v")
+    teacher = LAW.denoiser(process, target)
     nets = {"teacher": teacher, "student": Denoiser(Chain(method, teacher), process, "x0", call)}
     batch = Batch(torch.randn(256, 2, dtype=torch.float64))
     assert method.student_loss(nets, batch).value < 1e-20
