@@ -126,7 +126,7 @@ def leading_residual(process: NoiseProcess, t: float, delta: float, solver) -> f
 @every_solver
 def test_floor_at_the_exact_signal_is_the_formula(process, target, solver):
     found = squared_residual(process, 0.61, 0.005, solver, target)
-    assert found == pytest.approx(leading_residual(process, 0.61, 0.005, solver), rel=0.1)
+    assert found == pytest.approx(leading_residual(process, 0.61, 0.005, solver), rel=0.1, abs=0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_floor_at_the_exact_signal_is_the_formula(process, target, solver):
 def test_floors_of_the_cosine_process_are_the_specifications(solver, floors):
     """Of N(0.7, 0.3) from 0.98 at 0.6, over ``delta^2``, for delta = 0.01, 0.02 and 0.04."""
     for delta, known in zip((0.01, 0.02, 0.04), floors, strict=True):
-        assert squared_residual(Trig(), 0.6, delta, solver) / delta**2 == pytest.approx(known, rel=0.03)
+        assert squared_residual(Trig(), 0.6, delta, solver) / delta**2 == pytest.approx(known, rel=0.03, abs=0)
 
 
 @every_process
