@@ -117,58 +117,49 @@ def pictures(count: int, size: int) -> Iterator[np.ndarray]:
         yield (smooth + rng.integers(-3, 4, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def ours(path: Path, workers: int) -> Iterator[Tensor]:
-    """Everything at ``path``, prepared as clean-fid does."""
-    source = open_source(path)
-    for batch in batches(
-        source,
-        range(len(source)),
-        batch_size=BATCH,
-        workers=workers,
-        rgb=True,
-        transform=lambda image: prepare(image[None], CLEAN)[0],
-    ):
-        yield torch.stack(list(batch.made))
-
-
 def clean_fid(folder: Path, workers: int) -> DataLoader:
     """The loader that ``cleanfid.fid.get_files_features`` builds."""
     files = sorted(str(file) for file in folder.glob("*.png"))
     return DataLoader(ResizeDataset(files, mode="clean"), batch_size=BATCH, num_workers=workers)
 
 
-def exhaust(batches: Iterator[Tensor] | DataLoader) -> None:
+def exhaust(batches: DataLoader) -> None:
     """Take every batch and keep none."""
     for _ in batches:
         pass
 
 
-@torch.no_grad()
-def fit_of(folder: Path, workers: int, network: nn.Module) -> Moments:
-    """Mean and covariance of the features of a folder, with ten groups for their error, as ``stepdistill fid calc``."""
-    source = open_source(folder)
+def fit_of(path: Path, workers: int, see: Callable[[Tensor], Tensor], dimension: int) -> Moments:
+    """Mean and covariance of the features of images, with ten groups for their error, as ``stepdistill fid calc``."""
+    source = open_source(path)
     stream = reader(source, batch_size=BATCH, workers=workers, skip_broken=None)
-    told = Network("small", 2048, tuple(CLEAN), lambda images, ids: Features(network((images - 128) / 128)), "random")
+    told = Network("small", dimension, tuple(CLEAN), lambda images, ids: Features(see(images)), "random")
     return collect(stream, len(source), {"fid": told}, device=torch.device("cpu"))["fid"].sums.moments()
 
 
-@torch.no_grad()
-def fit_of_clean_fid(folder: Path, workers: int, network: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+def nothing(images: Tensor) -> Tensor:
+    """A network that costs nothing."""
+    return torch.zeros(len(images), 1)
+
+
+def fit_of_clean_fid(folder: Path, workers: int, see: Callable[[Tensor], Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """The same as clean-fid's ``make_custom_stats``: all features first."""
-    features = np.concatenate([network((batch - 128) / 128).numpy() for batch in clean_fid(folder, workers)])
+    features = np.concatenate([see(batch).numpy() for batch in clean_fid(folder, workers)])
     return np.mean(features, axis=0), np.cov(features, rowvar=False)
 
 
-def small_network() -> nn.Module:
-    """2,048 features of 299x299 images by random weights."""
+def small_network() -> Callable[[Tensor], Tensor]:
+    """2,048 features of 299x299 images in [0, 255] by random weights."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 16, 7, stride=7), nn.ReLU(), nn.Conv2d(16, 2048, 3, stride=3), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
+    return lambda images: network((images - 128) / 128)
 
 
 def difference(path: Path, folder: Path) -> float:
     """Largest difference of the first batch, in grey levels."""
-    return (next(ours(path, 0)) - next(iter(clean_fid(folder, 0)))).abs().max().item()
+    [first] = batches(open_source(path), range(BATCH), batch_size=BATCH, rgb=True)
+    return (prepare(torch.stack(first.images), CLEAN) - next(iter(clean_fid(folder, 0)))).abs().max().item()
 
 
 def files(count: int, size: int, workers: int, repeats: int) -> dict[str, object]:
@@ -179,7 +170,7 @@ def files(count: int, size: int, workers: int, repeats: int) -> dict[str, object
         for k, pixels in enumerate(pictures(count, size)):
             Image.fromarray(pixels).save(folder / f"{k:06d}.png")
         result = paired(
-            lambda: fit_of(folder, workers, network), lambda: fit_of_clean_fid(folder, workers, network), repeats
+            lambda: fit_of(folder, workers, network, 2048), lambda: fit_of_clean_fid(folder, workers, network), repeats
         )
         return {"images": count, "largest difference": difference(folder, folder), **result}
 
@@ -197,7 +188,7 @@ def archive(count: int, size: int, workers: int, repeats: int) -> dict[str, obje
                     Image.fromarray(pixels).save(folder / f"{k:06d}.png")
             exhaust(clean_fid(folder, workers))
 
-        result = paired(lambda: exhaust(ours(path, workers)), written_out, repeats)
+        result = paired(lambda: fit_of(path, workers, nothing, 1), written_out, repeats)
         return {"images": count, "largest difference": difference(path, folder), **result}
 
 

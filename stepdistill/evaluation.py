@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .generating import Generated
 from .metrics.base import Value
-from .metrics.collecting import Collected, Transform, reader
+from .metrics.collecting import Collected, reader
 from .metrics.extractors import Digits
 from .metrics.ranks import gathered
 from .metrics.sources import Batch, MemorySource
@@ -99,8 +99,8 @@ class Evaluator:
         made = Generated(lambda ids: generate(ids)[:, None], self.protocol, self.run.options.batch_size)
         seen: dict[int, int] = {}
 
-        def stream(ids: Sequence[int], transform: Transform | None) -> Iterator[Batch]:
-            for batch in made.stream(0)(ids, transform):
+        def stream(ids: Sequence[int]) -> Iterator[Batch]:
+            for batch in made.stream(0)(ids):
                 seen.update(self._seen(batch))
                 yield batch
 

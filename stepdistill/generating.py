@@ -22,7 +22,7 @@ from .errors import UserError
 from .images import to_picture, to_uint8
 from .labels import followed
 from .metrics.base import Value
-from .metrics.collecting import Stream, Transform
+from .metrics.collecting import Stream
 from .metrics.precision import tf32
 from .metrics.protocols import Protocol
 from .metrics.ranks import gathered
@@ -157,7 +157,7 @@ class Generated:
     def stream(self, first: int) -> Stream:
         """The samples ``first + ids``."""
 
-        def batches(ids: Sequence[int], transform: Transform | None = None) -> Iterator[Batch]:
+        def batches(ids: Sequence[int]) -> Iterator[Batch]:
             for start in range(0, len(ids), self.batch_size):
                 part = ids[start : start + self.batch_size]
                 yield Batch(list(part), self._made([first + k for k in part]))

@@ -208,7 +208,7 @@ def test_each_store_of_a_run_is_given_what_it_lacks_and_no_sample_is_made_twice(
     def run():
         shown = []
 
-        def stream(ids, transform):
+        def stream(ids):
             shown.extend(ids)
             yield Batch(list(ids), [torch.zeros(3, 2, 2, dtype=torch.uint8) for _ in ids])
 

@@ -1,4 +1,6 @@
-"""No value depends on how it was computed: batches, processes, the order of files, images and features on disk."""
+"""No value depends on how it was computed: batches, processes, threads, the order of files, memory or disk."""
+
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,18 +8,28 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 from processes import in_processes
-from random_networks import TINY_CLIP, save_nvidia_inception, save_openai_clip, tell_open_clip
+from random_networks import (
+    TINY_CLIP,
+    save_dinov2,
+    save_nvidia_inception,
+    save_openai_clip,
+    tell_open_clip,
+    timm_dinov2,
+)
 
+from stepdistill.metrics import score
 from stepdistill.metrics.clip import ARCHITECTURES
+from stepdistill.metrics.kid import kid_subsets
 from stepdistill.metrics.weights import KNOWN
 from stepdistill.scoring import Options, calc
 
 COUNT = 60
 PROMPTS = tuple(f"picture number {k % 20}" for k in range(COUNT))
-CONVOLUTIONAL = ("fid", "kid", "prdc", "diversity", "vendi", "is")
-"""Of Inception, whose float32 convolutions are the same bits in any batch of a CPU."""
-TRANSFORMERS = ("clip", "cmmd")
-"""Of CLIP, whose float32 products are not: their last bits move these values by 1e-7 of them."""
+METRICS = ("fid", "kid", "kid-subsets", "prdc", "diversity", "vendi", "is")
+"""Of Inception; those of DINOv2 and CLIP follow."""
+METRICS += ("fd-dinov2", "clip-fid", "clip", "cmmd")
+BY_ORDER = "kid-subsets"
+"""Draws images by their place, as the tools do whose numbers it repeats."""
 
 
 def pictures(seed):
@@ -41,6 +53,7 @@ def place(tmp_path_factory):
     for k, pixels in enumerate(images):
         Image.fromarray(pixels).save(place / "folder" / f"{k:03d}.png")
     save_nvidia_inception(place / KNOWN["inception"].name, width=12)
+    save_dinov2(timm_dinov2(224, width=64, depth=1), place / KNOWN["dinov2-vit-l-14"].name)
     tell_open_clip(place)
     for name in ARCHITECTURES:
         torch.manual_seed(0)
@@ -50,24 +63,32 @@ def place(tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_subsets():
+    """Of the sixty images that there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(score._PAIRS, BY_ORDER, partial(kid_subsets, subsets=5, size=20))
+        yield
+
+
 def order():
     return np.random.default_rng(0).permutation(COUNT)
 
 
 def measured(place, images="images.npz", *, prompts=PROMPTS, **options):
     told = {"preset": "clean", "weights": str(place), "trust": True, "workers": 0, **options}
-    told = Options(metrics=(*CONVOLUTIONAL, *TRANSFORMERS), prompts=prompts, **told)
+    told = Options(metrics=METRICS, prompts=prompts, **told)
     record = calc(str(place / images), str(place / "others.npz"), told)
     return {name: found["value"] for name, found in record["metrics"].items()}
 
 
 @pytest.fixture(scope="module")
 def expected(place):
-    """Every value of 60 images in one batch, and how near others must be."""
+    """Every value of 60 images in one batch."""
     found = measured(place)
-    assert len(found) == 11
+    assert len(found) == 14
     assert all(abs(value) > 1e-6 for value in found.values())
-    return {name: pytest.approx(value, rel=1e-6 if name in TRANSFORMERS else 1e-9) for name, value in found.items()}
+    return {name: pytest.approx(value, rel=1e-9) for name, value in found.items()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 59])
@@ -83,7 +104,17 @@ def test_any_number_of_processes_gives_the_same_values(place, expected, world, b
 
 def test_files_in_another_order_give_the_same_values(place, expected):
     prompts = tuple(PROMPTS[k] for k in order())
-    assert measured(place, "shuffled.npz", prompts=prompts) == expected
+    found = measured(place, "shuffled.npz", prompts=prompts)
+    assert {**found, BY_ORDER: expected[BY_ORDER]} == expected
+
+
+def test_any_number_of_threads_gives_the_same_values(place, expected):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before % 2 + 1)
+    try:
+        assert measured(place, batch_size=16) == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("workers", [0, 3])

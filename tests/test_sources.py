@@ -257,18 +257,3 @@ def test_an_error_stops_the_reading_and_leaves_no_thread_behind():
         next(found)
     assert len(source.reads) <= 8 * (3 + AHEAD)
     assert threading.active_count() == before
-
-
-def test_a_transform_is_done_to_every_image_where_it_is_read():
-    caller, seen = threading.get_ident(), []
-
-    def transform(image):
-        seen.append(threading.get_ident())
-        return image.float() / 2
-
-    source = MemorySource(torch.full((7, 1, 2, 2), 9, dtype=torch.uint8))
-    [batch] = batches(source, range(7), batch_size=7, workers=2, transform=transform)
-    assert torch.equal(torch.stack(batch.images), torch.full((7, 1, 2, 2), 9, dtype=torch.uint8))
-    assert torch.equal(torch.stack(list(batch.made)), torch.full((7, 1, 2, 2), 4.5))
-    assert len(seen) == 7
-    assert caller not in seen

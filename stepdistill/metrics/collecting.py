@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,33 +17,9 @@ from .feature_sets import BLOCK
 from .frechet import FeatureSums
 from .protocols import FRECHET, Protocol
 from .ranks import add_up, gathered, rank_and_world, together
-from .resampling import prepare, prepare_mixed, stacked
+from .showing import Network, Stream, shown
 from .sources import Batch, Source, batches
 from .store import FeatureStore, at_least_float32
-
-Steps = tuple[str, ...]
-"""See ``resampling.prepare``."""
-Transform = Callable[[Tensor], Mapping[Steps, Tensor]]
-"""An image after each of several chains of steps."""
-Stream = Callable[[Sequence[int], Transform | None], Iterable[Batch]]
-"""Images of the given ids, in order, and what was made of them where that could be done as they were read."""
-
-
-@dataclass(frozen=True, eq=False)
-class Network:
-    """What turns images into features, and how they are prepared for it."""
-
-    name: str
-    dimension: int
-    steps: Steps
-    see: Callable[[Tensor, Sequence[int]], Features]
-    """Features of images ``(B, C, H, W)`` that are the samples of these ids."""
-    weights: str
-    """sha256 of its file."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Of its features."""
-    marked: bool = False
-    """Whether a metric wants images in an order that their files have no say in."""
 
 
 def networks(
@@ -159,16 +133,8 @@ def _in_order(parts: Sequence[tuple[Sequence[int], Features]]) -> Features:
 def reader(source: Source, *, batch_size: int, workers: int, skip_broken: list[str] | None) -> Stream:
     """The images of ``source``, grey ones as RGB."""
 
-    def stream(ids: Sequence[int], transform: Transform | None) -> Iterable[Batch]:
-        return batches(
-            source,
-            ids,
-            batch_size=batch_size,
-            workers=workers,
-            rgb=True,
-            transform=transform,
-            skip_broken=skip_broken,
-        )
+    def stream(ids: Sequence[int]) -> Iterable[Batch]:
+        return batches(source, ids, batch_size=batch_size, workers=workers, rgb=True, skip_broken=skip_broken)
 
     return stream
 
@@ -199,7 +165,7 @@ def collect(
     rank, world = rank_and_world()
 
     def add(ids: Sequence[int]) -> None:
-        for taken, found in _shown(stream, ids, list(made), device):
+        for taken, found in shown(stream, ids, list(made), device):
             for network, features in found.items():
                 made[network].add(taken, features)
 
@@ -214,32 +180,6 @@ def collect(
     for part in made.values():
         part.join()
     return {metric: made[network] for metric, network in told.items()}
-
-
-def _shown(
-    stream: Stream, ids: Sequence[int], told: Sequence[Network], device: torch.device
-) -> Iterator[tuple[list[int], dict[Network, Features]]]:
-    wanted = {each.steps for each in told}
-
-    def prepared_alone(image: Tensor) -> dict[Steps, Tensor]:
-        return {steps: prepare(image[None], steps)[0] for steps in wanted}
-
-    # A GPU prepares a batch at once; on a CPU the threads that read do it.
-    for batch in stream(ids, prepared_alone if device.type == "cpu" else None):
-        prepared = {
-            steps: stacked([made[steps] for made in batch.made], steps)
-            if batch.made
-            else prepare_mixed(batch.images, steps, device)
-            for steps in wanted
-        }
-        seen = {network: network.see(prepared[network.steps], batch.ids) for network in told}
-        yield batch.ids, {n: f._replace(marks=_marks(batch.images)) if n.marked else f for n, f in seen.items()}
-
-
-def _marks(images: Sequence[Tensor]) -> Tensor:
-    """The first eight bytes of a hash of each image."""
-    hashes = [hashlib.blake2b(image.contiguous().numpy().tobytes(), digest_size=8).digest() for image in images]
-    return torch.tensor([int.from_bytes(each, "little", signed=True) for each in hashes])
 
 
 def _lacking(count: int, stores: Sequence[FeatureStore]) -> list[tuple[range, list[int]]]:
@@ -262,7 +202,7 @@ def _complete(
     """Make the samples of ``pieces``, and give every store what it lacks: one may have gone further than another."""
     for ids, lacking in pieces:
         wanted = [list(stores)[k] for k in lacking]
-        found = list(_shown(stream, ids, wanted, device))
+        found = list(shown(stream, ids, wanted, device))
         if sum(len(taken) for taken, _ in found) != len(ids):
             raise UserError(
                 "a run that keeps its features needs every image; repair the broken ones or leave --features"

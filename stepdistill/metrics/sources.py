@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -211,8 +211,6 @@ class Batch(NamedTuple):
     ids: list[int]
     images: list[Tensor]
     """``(C, H, W)`` uint8 each, sizes may differ."""
-    made: Sequence[Any] = ()
-    """What ``transform`` made of each, where there was one."""
 
 
 def batches(
@@ -222,7 +220,6 @@ def batches(
     batch_size: int,
     workers: int = 0,
     rgb: bool = False,
-    transform: Callable[[Tensor], Any] | None = None,
     skip_broken: list[str] | None = None,
 ) -> Generator[Batch]:
     """Read ``ids`` of ``source`` in their order; the result is the same for any number of threads.
@@ -233,7 +230,6 @@ def batches(
         batch_size: images in a batch; fewer in the last one, and where broken ones are left out.
         workers: threads, which read at most ``AHEAD`` batches ahead; 0 reads when a batch is asked for.
         rgb: whether grey images are repeated to three channels.
-        transform: what to make of each ``(C, H, W)`` image beside it, in the thread that reads it.
         skip_broken: a list that takes the names of images that cannot be read, which are then left out; ``None``
             makes the first of them an error.
 
@@ -244,19 +240,17 @@ def batches(
     if batch_size < 1 or workers < 0:
         raise ValueError(f"batch_size must be >= 1 and workers >= 0, got {batch_size} and {workers}")
 
-    def load(part: Sequence[int]) -> list[tuple[int, Tensor | None, Any]]:
-        loaded = ((k, _load(source, k, rgb, optional=skip_broken is not None)) for k in part)
-        return [(k, image, transform(image) if transform and image is not None else None) for k, image in loaded]
+    def load(part: Sequence[int]) -> list[tuple[int, Tensor | None]]:
+        return [(k, _load(source, k, rgb, optional=skip_broken is not None)) for k in part]
 
     # Threads share every batch, so that what lies in memory does not grow with their number.
     share = -(-batch_size // max(workers, 1))
     for loaded in _in_order(load, ids, batch_size, share, workers):
         if skip_broken is not None:
-            skip_broken += [source.name(k) for k, image, _ in loaded if image is None]
-        kept = [each for each in loaded if each[1] is not None]
+            skip_broken += [source.name(k) for k, image in loaded if image is None]
+        kept = [(k, image) for k, image in loaded if image is not None]
         if kept:
-            ids, images, made = map(list, zip(*kept, strict=True))
-            yield Batch(ids, images, made if transform else ())
+            yield Batch([k for k, _ in kept], [image for _, image in kept])
 
 
 def _load(source: Source, k: int, rgb: bool, *, optional: bool) -> Tensor | None:
