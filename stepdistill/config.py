@@ -83,8 +83,7 @@ class Lora(Section):
     alpha: PositiveFloat | None = None
     """The adapters count ``alpha / rank`` (SwiftBrush: 108 / 64); null is the rank."""
     targets: tuple[str, ...] | None = None
-    """Names, or ends of names, of the linear and convolution layers that get adapters; null is the projections of
-    every attention, those of the text among them in SD3 and Flux."""
+    """Names, or their ends, of the linear and convolution layers with adapters; null is the attentions' projections."""
 
 
 class Training(Section):

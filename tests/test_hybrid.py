@@ -475,7 +475,7 @@ def test_the_command_finds_teacher_and_guidance_in_the_students_card(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(
             ["distill", "--config", "digits_sid", f"teacher={teacher}", f"output_dir={tmp_path / 'run'}", "steps=1"]
-            + ["method.steps=2", "method.input=unit", "method.init_ratio=.inf", "evaluate=null"]
+            + ["method.steps=2", "method.input=unit", "method.init_ratio=15", "evaluate=null"]
             + ["data.class_labels=uniform", "data.null_label=3", "data.guidance_scale=4.0"]
             + ["training.batch_size=2", "training.preview_samples=2", "training.trackers=[]"]
         )

@@ -110,7 +110,7 @@ def compare(recipe, teacher, folder, *settings):
     # Adam would make rounding noise of tiny gradients as large as any step.
     told = [
         f"teacher={teacher}",
-        "training.optimizer={name: torch.optim.SGD, lr: 1.0e-3}",
+        "training.optimizer={name: torch.optim.SGD, lr: 3.0e-3}",
         "training.role_optimizers={}",
     ]
     told += ["training.lr_schedule=constant", "training.lr_warmup_steps=0"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -271,8 +272,8 @@ def _places(known: KnownFile, path: str | Path | None) -> Iterator[Path]:
         yield from (told / name for name in names)
     if path:
         return
-    if known.hub:
-        yield from _hub_copies(*known.hub)
+    if known.hub and isinstance(copy := try_to_load_from_cache(*known.hub), str):
+        yield Path(copy)
     home = Path.home() / ".cache"  # OpenAI's code and dnnlib look at no variable for it.
     dnnlib = Path(os.environ.get("DNNLIB_CACHE_DIR") or home / "dnnlib")
     folders = (
@@ -284,14 +285,6 @@ def _places(known: KnownFile, path: str | Path | None) -> Iterator[Path]:
     )
     yield from (folder / name for folder in folders for name in names)
     yield from sorted((dnnlib / "downloads").glob(f"*_{known.name}"))  # dnnlib puts a hash of the URL before the name.
-
-
-def _hub_copies(repository: str, file: str) -> Iterator[Path]:
-    from huggingface_hub import try_to_load_from_cache
-
-    copy = try_to_load_from_cache(repository, file)
-    if isinstance(copy, str):
-        yield Path(copy)
 
 
 def _missing(known: KnownFile, path: str | Path | None) -> str:
