@@ -21,6 +21,9 @@ from diffusers import (
 )
 from diffusers.utils import logging
 
+from stepdistill import outcome
+from stepdistill.teacher import Teacher
+
 logging.disable_progress_bar()
 torch.set_num_threads(1)
 
@@ -58,6 +61,15 @@ def make_teacher(folder: Path, kind: str = "ddpm") -> Path:
     }
     pipelines[kind]().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_pictures():
+    """The picture at the end of a run is of few samples and steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "picture_steps", 2)
+        patch.setattr(outcome, "_SHOWN", 4)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVis
 from stepdistill import export, outcome, prompts
 from stepdistill.config import Config
 from stepdistill.distill import distill, export_run
-from stepdistill.teacher import Teacher, load_teacher
+from stepdistill.teacher import load_teacher
 
 
 def config(teacher: str, out, **sections: Any) -> Config:
@@ -48,8 +48,6 @@ def test_a_run_says_why_no_adapters_are_written(teachers, tmp_path, capsys):
 
 def test_text_encoders_and_vae_of_half_precision_do_not_fail_the_check(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     method = {"name": "sid", "init_ratio": 5.0, "input": "unit"}
     training = {"parts_dtype": "bfloat16", "lora": {"student": {"rank": 2}}}
     place = str(build("sdxl", tmp_path / "sdxl"))
@@ -85,8 +83,6 @@ def test_an_empty_caption_of_sdxl_is_a_row_of_its_own(tmp_path, monkeypatch):
 
 def test_a_safety_checker_survives_in_the_student(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     small: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**small, image_size=8, patch_size=4).to_dict()
     text = CLIPTextConfig(**small, vocab_size=10).to_dict()

@@ -13,7 +13,6 @@ import torch
 from conftest import tiny_unet
 from families import build
 
-from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.backbones import unet2d
 from stepdistill.backbones.conditioned import Conditioned
@@ -26,7 +25,7 @@ from stepdistill.methods import AnyMethod
 from stepdistill.process import VP
 from stepdistill.recipe import parse
 from stepdistill.sample import Sampling, sample
-from stepdistill.teacher import Teacher, load_teacher
+from stepdistill.teacher import load_teacher
 
 TABLE = VP(torch.linspace(0.999, 0.01, 100).double())
 UNCOND = {"class_labels": torch.tensor([3])}
@@ -120,8 +119,6 @@ def test_every_method_learns_a_range_and_is_exported_at_its_middle(method, teach
 
 def test_a_network_that_embeds_its_scale_is_told_the_drawn_one(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts_module, "CACHE", tmp_path / "prompts")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     folder = build("flux", tmp_path / "flux")
     asked = {"prompts": ["a cat", "a dog"], "resolution": 16, "guidance_scale": [1.0, 5.0]}
     teacher = load_teacher(str(folder), resolution=16)

@@ -67,8 +67,9 @@ def test_no_setting_of_memory_changes_a_method(recipe, teachers, tmp_path):
     compare(recipe, teachers("ddpm"), tmp_path, "training.gradient_checkpointing=true", "training.channels_last=true")
 
 
-def test_compiled_networks_are_the_same_networks(teachers, tmp_path):
-    compare("digits_sid", teachers("ddpm"), tmp_path, "training.compile=aot_eager")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_networks_are_the_same_networks(backend, teachers, tmp_path):
+    compare("digits_sid", teachers("ddpm"), tmp_path, f"training.compile={backend}")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from conftest import tiny_unet
 from diffusers import DiffusionPipeline
 from families import build
 
-from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.backbones import unet2d
 from stepdistill.config import Config
@@ -29,7 +28,7 @@ from stepdistill.own_code import code_of
 from stepdistill.process import VE, VP, Flow, NoiseProcess
 from stepdistill.sample import Sampling, sample
 from stepdistill.samplers import SampleNoise, StudentSampler
-from stepdistill.teacher import Teacher, load_teacher
+from stepdistill.teacher import load_teacher
 
 SHAPE = (1, 8, 8)
 TABLE = VP(torch.linspace(0.999, 0.01, 100).double())
@@ -116,8 +115,6 @@ def test_another_number_of_steps_than_the_grid_has_is_refused(tmp_path):
 def test_plain_calls_of_every_family_are_right(name, tmp_path, monkeypatch, capsys):
     """The export itself calls the pipeline with prompt or label alone and compares it with the sampler."""
     monkeypatch.setattr(prompts_module, "CACHE", tmp_path / "prompts")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     data: dict[str, Any] = {"class_labels": [3, 7]} if name in ("dit", "sit") else {"prompts": ["a cat", "a dog"]}
     if name in ("flux", "sana"):
         data["resolution"] = {"flux": 16, "sana": 32}[name]

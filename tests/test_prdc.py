@@ -115,22 +115,22 @@ def test_the_errors_are_between_the_spread_over_new_samples_on_both_sides_and_tw
 @pytest.mark.parametrize(
     ("m", "n", "d", "scale", "shift", "least"),
     [
-        (100, 100, 4, 0.7, 0.4, 0.89),
-        (60, 200, 4, 0.7, 0.4, 0.89),
-        (200, 60, 4, 0.7, 0.4, 0.89),
-        (100, 100, 2, 1.0, 0.0, 0.89),
-        (100, 100, 4, 0.7, 1.5, 0.77),
+        (100, 100, 4, 0.7, 0.4, 0.86),
+        (60, 200, 4, 0.7, 0.4, 0.86),
+        (200, 60, 4, 0.7, 0.4, 0.86),
+        (100, 100, 2, 1.0, 0.0, 0.86),
+        (100, 100, 4, 0.7, 1.5, 0.74),
     ],
 )
 def test_two_errors_cover_the_value_that_is_expected_of_so_many_samples(m, n, d, scale, shift, least):
-    repeats = 200
+    repeats = 100
     results = [
         prdc(random(m, d, seed=2 * k) * scale + shift, random(n, d, seed=2 * k + 1), k=3, closed=False, block=200)
         for k in range(repeats)
     ]
     found = torch.tensor([values(result) for result in results])
     within = (found - found.mean(0)).abs() <= 2 * torch.tensor([errors(result) for result in results])
-    # The least that the docstring promises, less three standard deviations of 200 repeats.
+    # The least that the docstring promises, less three standard deviations of 100 repeats.
     assert (within.double().mean(0) >= least).all(), within.double().mean(0)
 
 

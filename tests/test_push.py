@@ -20,9 +20,9 @@ def command(*words):
     return stopped.value.code
 
 
-@pytest.fixture
-def finished(teachers, tmp_path):
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def finished(teachers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
     assert (
         command("distill", "--config", "digits_sid", *SMALL, f"teacher={teachers('ddpm')}", f"output_dir={folder}") == 0
     )

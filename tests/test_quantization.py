@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepdistill import outcome, prompts
+from stepdistill import prompts
 from stepdistill.config import Config, Training
 from stepdistill.distill import distill
 from stepdistill.dry_run import rehearse, role_of
 from stepdistill.errors import UserError
 from stepdistill.learners import check_learners
 from stepdistill.quantization import quantized
-from stepdistill.teacher import Teacher, load_teacher
+from stepdistill.teacher import load_teacher
 
 
 def needs(package):
@@ -137,8 +137,6 @@ def config(folder, output_dir, asked, **training):
 @pytest.mark.parametrize("asked", KINDS, indirect=True)
 def test_a_run_with_a_teacher_in_fewer_bits_trains_whole_networks_and_resumes(asked, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "CACHE", tmp_path / "prompts")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     first = config(folder, tmp_path / "run", asked)
     distill(first)
     student = distill(first.model_copy(update={"steps": 2, "resume": True}))

@@ -43,8 +43,6 @@ torch.save(torch.from_numpy(space["image"]), sys.argv[2])
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts_module, "CACHE", tmp_path / "prompts")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
 
 
 def trained(teacher: Path, out: Path, method: dict[str, Any], resolution: int | None, **sections: Any) -> Run:

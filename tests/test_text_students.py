@@ -10,7 +10,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 
-from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.bundled import bundled
 from stepdistill.config import Config
@@ -19,7 +18,6 @@ from stepdistill.evaluation import Measurement
 from stepdistill.metrics.base import Value
 from stepdistill.recipe import parse
 from stepdistill.report import card, table
-from stepdistill.teacher import Teacher
 
 ADAPTER = "{rank: 2, alpha: 2, targets: [to_q, to_k, to_v]}"
 GUIDED = ["data.guidance_scale=3.0", "data.negative_prompt=a thin handwritten one"]
@@ -39,8 +37,6 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def quick(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts_module, "CACHE", tmp_path / "prompts")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
 
 
 def short(recipe: str, folder: Path, *told: str) -> Config:
