@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DDPMScheduler, UNet2DModel
-from oracles import PROCESSES, SIGMA_DATA, TARGETS, Mixture, call, flow_map, gaussian, monotone_map
+from oracles import PROCESSES, TARGETS, Mixture, Told, call, flow_map, gaussian, monotone_map
 from test_learning import MLP, learn
 from torch import Tensor, nn
 
@@ -42,39 +42,23 @@ def method_for(process: NoiseProcess, **fields) -> FreeFlow:
     return FreeFlow(**{"init_ratio": 9.0, "input": "sigma" if isinstance(process, VE) else "unit", **fields})
 
 
-class ExactMap(nn.Module):
-    """The network whose mean velocity is that of the exact map of ``law``, plus ``offset``, for any output."""
+class Map(Told):
+    """The student whose mean velocity is that of the exact map of a Gaussian ``law``, plus ``offset``."""
 
-    def __init__(self, law: Mixture, process: NoiseProcess, target: Target, offset: float = 0.0) -> None:
+    def __init__(self, law: Mixture, process: NoiseProcess, offset: float = 0.0) -> None:
         super().__init__()
-        self.law, self.process, self.target, self.offset = law, process, target, offset
+        self.law, self.process, self.offset = law, process, offset
 
-    def forward(self, x: Tensor, label: Tensor, target_label: Tensor) -> Tensor:
-        process = self.process
-        start, then = process.time_of_label(label), process.time_of_label(target_label)
-        a, s = process.coefficients(start, x)
-        if self.target == "edm":
-            x = x * (s.square() + SIGMA_DATA**2).sqrt()
+    def expectations(self, x: Tensor, a: Tensor, s: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        """``x0`` and ``eps`` on the straight line from ``x`` to the state at time ``then``."""
         z, t_0 = x / (a + s), s / (a + s)
-        end = process.sigma(then) / (process.alpha(then) + process.sigma(then))
+        end = self.process.sigma(then) / (self.process.alpha(then) + self.process.sigma(then))
         mean = (flow_map(self.law, FLOW, z, t_0[:, 0], end) - z) / (t_0 - end[:, None]) + self.offset
-        x0, eps = z + t_0 * mean, z - (1 - t_0) * mean
-        match self.target:
-            case "x0":
-                return x0
-            case "eps":
-                return eps
-            case "v":
-                return a * eps - s * x0
-            case "flow":
-                return eps - x0
-            case _:
-                total = s.square() + SIGMA_DATA**2
-                return (x0 - SIGMA_DATA**2 / total * x) * total.sqrt() / (s * SIGMA_DATA)
+        return z + t_0 * mean, z - (1 - t_0) * mean
 
 
 def exact_student(law: Mixture, process: NoiseProcess, target: Target = "x0", offset: float = 0.0) -> Denoiser:
-    return Denoiser(ExactMap(law, process, target, offset), process, target, call, sigma_data=SIGMA_DATA)
+    return Map(law, process, offset).denoiser(process, target)
 
 
 def exact_nets(process: NoiseProcess, target: Target = "x0", law: Mixture = LAW, offset: float = 0.0):
