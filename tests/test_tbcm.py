@@ -312,12 +312,12 @@ def test_states_have_the_marginal_variance(process):
     """``cos^2 lambda + sin^2 sigma_d^2`` up to the error of the first-order solver."""
     variance = torch.tensor([0.09, 0.36, 1.0], dtype=torch.float64)
     law = gaussian(torch.zeros(3, dtype=torch.float64), variance.diag())
-    method, noise = TBCM(sigma_data=SIGMA, route_points=400, trained_points=399), cubature(3)
+    method, noise = TBCM(sigma_data=SIGMA, route_points=200, trained_points=199), cubature(3)
     points = method.trajectory(law.denoiser(process), noise, {})
     cos, sin = angles(points)
     wanted = (cos.square() * variance + sin.square() * SIGMA**2)[::6]
     found = points.x.square().view(-1, 6, 3).mean(1)
-    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=0.06, atol=0)
 
 
 def test_a_step_trains_on_so_many_points_of_different_intervals():
