@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -93,19 +96,35 @@ class Mixture(nn.Module):
         return Denoiser(_Head(self, process, target, negated), process, target, call, negated, SIGMA_DATA)
 
 
+class Told(nn.Module, ABC):
+    """What a network says that is also told a target time."""
+
+    @abstractmethod
+    def expectations(self, x: Tensor, a: Tensor, s: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        """``x0`` and ``eps`` with ``x = a x0 + s eps`` where the target time is ``then (B,)``."""
+
+    def denoiser(self, process: NoiseProcess, target: Target = "x0") -> Denoiser:
+        """It, through a network that outputs ``target``."""
+        return Denoiser(_Head(self, process, target, negated=False), process, target, call, sigma_data=SIGMA_DATA)
+
+
 class _Head(nn.Module):
     """A network that outputs ``target``; samples of any shape are flattened for the law."""
 
-    def __init__(self, law: Mixture, process: NoiseProcess, target: Target, negated: bool) -> None:
+    def __init__(self, law: Mixture | Told, process: NoiseProcess, target: Target, negated: bool) -> None:
         super().__init__()
         self.law, self.process, self.target, self.negated = law, process, target, negated
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, target_label: Tensor | None = None) -> Tensor:
         flat = x.flatten(1)
         a, s = self.process.coefficients(self.process.time_of_label(label), flat)
         total = s.square() + SIGMA_DATA**2
         state = flat * total.sqrt() if self.target == "edm" else flat
-        x0, eps = self.law.expectations(state, a, s)
+        assert isinstance(self.law, Told) == (target_label is not None), "only a two-time student is told a target"
+        if isinstance(self.law, Told):
+            x0, eps = self.law.expectations(state, a, s, self.process.time_of_label(cast(Tensor, target_label)))
+        else:
+            x0, eps = self.law.expectations(state, a, s)
         match self.target:
             case "x0":
                 out = x0

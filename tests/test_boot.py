@@ -2,12 +2,13 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import UNet2DModel
-from oracles import PROCESSES, call, flow_map, gaussian
+from oracles import PROCESSES, Told, call, flow_map, gaussian
 from torch import nn
 
 from stepdistill.backbones import conditioned, unet2d
@@ -189,25 +190,25 @@ def test_chains_of_the_cosine_process_lose_the_known_spread(solver, target):
     assert math.log2(errors[2] / errors[3]) == pytest.approx({"ddim": 1, "heun": 2}[solver], abs=0.35)
 
 
-class Chain(nn.Module):
+class Chain(Told):
     """The discrete fixed point of BOOT: the teacher's own chain, from any time of the first interval downwards."""
 
     def __init__(self, method: BOOT, teacher: Denoiser) -> None:
         super().__init__()
         self.method, self.teacher = method, teacher
 
-    def forward(self, x, label, target_label):
-        method, process = self.method, self.teacher.process
-        start, t = process.time_of_label(label), process.time_of_label(target_label)
-        noise = x / process.coefficients(start, x)[1] if method.input == "sigma" else x
-        count = ((start - t) / method.delta).floor()
-        now = t + count * method.delta
+    def expectations(self, x, a, s, then):
+        """The signal at time ``then`` as ``x0``, whatever the state."""
+        method, (first,) = self.method, self.method.sampler(self.teacher.process).times
+        start, noise = torch.full_like(then, first), x / s if method.input == "sigma" else x
+        count = ((start - then) / method.delta).floor()
+        now = then + count * method.delta
         y = signal_step(self.teacher, self.teacher(x, start).x0, noise, start, now, {}, method.solver)
         for k in range(int(count.max())):
             moved = signal_step(self.teacher, y, noise, now, (now - method.delta).clamp_min(0), {}, method.solver)
             on = k < count
             y, now = torch.where(on[:, None], moved, y), torch.where(on, now - method.delta, now)
-        return y
+        return y, (x - a * y) / s
 
 
 @every_process
@@ -222,10 +223,10 @@ def test_the_teachers_chain_is_a_fixed_point_with_zero_loss(process, solver, tar
     scale = "sigma" if isinstance(process, VE) else "unit"
     method = BOOT(teacher_steps=7, solver=solver, t_min=t_min, t_max=t_max, input=scale)
     teacher = LAW.denoiser(process, target)
-    nets = {"teacher": teacher, "student": Denoiser(Chain(method, teacher), process, "x0", call)}
+    nets = {"teacher": teacher, "student": Chain(method, teacher).denoiser(process, target)}
     batch = Batch(torch.randn(256, 2, dtype=torch.float64))
     assert method.student_loss(nets, batch).value < 1e-20
-    nets["student"] = Denoiser(Chain(BOOT(teacher_steps=14, input=method.input), teacher), process, "x0", call)
+    nets["student"] = Chain(replace(method, teacher_steps=14), teacher).denoiser(process, target)
     assert method.student_loss(nets, batch).value > 1e-6
 
 

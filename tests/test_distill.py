@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from stepdistill.__main__ import main
 from stepdistill.checkpoints import Checkpoints
 from stepdistill.errors import UserError
+from stepdistill.methods import AnyMethod
 from stepdistill.preflight import check_launch
 from stepdistill.samplers import SampleNoise
 
@@ -179,6 +181,15 @@ def test_bad_input_is_refused_before_anything_is_written(teachers, tmp_path, cap
             f"teacher={teachers()}",
             "evaluate={reference: 'builtin:digits', teacher_steps: [2000]}",
         ],
+        "levels must be 2 falling positive numbers": [
+            f"teacher={teachers()}",
+            "method.steps=2",
+            "method.levels=[1, 2]",
+        ],
+        "levels 2.5 and 2.499 are one level of the teacher, which is told 440 at both": [
+            f"teacher={teachers()}",
+            "method={name: disback, method: {name: sid, steps: 2, levels: [2.5, 2.499]}}",
+        ],
     }
     for message, overrides in cases.items():
         assert run(f"output_dir={folder}", "steps=1", *overrides) == 2
@@ -191,11 +202,14 @@ def test_method_that_cannot_take_the_prediction_type_says_why(teachers, tmp_path
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
     ConsistencyModelPipeline(tiny_unet(), CMStochasticIterativeScheduler()).save_pretrained(tmp_path / "cm")
-    assert run(f"teacher={tmp_path / 'cm'}", f"output_dir={tmp_path / 'run'}", "steps=1") == 2
-    assert "got 'consistency' (a consistency function is not a posterior mean)" in capsys.readouterr().err
+    for kind in get_args(AnyMethod):
+        told = [f"output_dir={tmp_path / 'run'}", "steps=9999", f"method={{name: {kind().name}}}"]
+        assert run(f"teacher={tmp_path / 'cm'}", *told) == 2
+        assert "got 'consistency' (a consistency function is not a posterior mean)" in capsys.readouterr().err
     options = [f"output_dir={tmp_path / 'run'}", "steps=1", "method.t_max=1.0"]
     assert run(f"teacher={teachers()}", *options, config="digits_boot") == 2
     assert "set method.t_max=" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_full_disk_stops_the_run_and_keeps_the_last_checkpoint(teachers, tmp_path, capsys, monkeypatch):

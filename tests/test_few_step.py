@@ -115,6 +115,18 @@ def test_levels_that_do_not_fall_or_are_too_many_are_refused(kind, levels):
         kind(steps=2, levels=levels)
 
 
+@pytest.mark.parametrize("kind", STEPPED)
+@pytest.mark.parametrize(
+    ("process", "levels", "told"),
+    [(LINEAR, (2.5, 2.499), 440), (Flow(), (1.001, 1.0), 500), (VE(), (200.0, 90.0), 1.096)],
+)
+def test_levels_that_are_one_level_of_the_teacher_are_refused(kind, process, levels, told):
+    with pytest.raises(ValueError, match=r"levels .* are one level of the teacher") as refused:
+        kind(steps=2, levels=levels, input="sigma").check(gaussian(MEAN, COV).denoiser(process, "v"))
+    assert f"levels {levels[0]:g} and {levels[1]:g}" in str(refused.value)
+    assert f"told {told} at both; set levels further apart" in str(refused.value)
+
+
 def test_times_that_do_not_decrease_are_refused():
     with pytest.raises(ValueError, match=r"must decrease, got \(0.5, 0.5\)"):
         StudentSampler(times=(0.5, 0.5))

@@ -3,14 +3,16 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import product
 from typing import Any, cast
 
 import pytest
 import torch
 from conftest import tiny_unet
 from diffusers import DDPMScheduler, UNet2DModel
-from oracles import PROCESSES, SIGMA_DATA, TARGETS, Mixture, call, flow_map, gaussian, monotone_map
+from oracles import PROCESSES, TARGETS, Mixture, Told, call, flow_map, gaussian, monotone_map, scattered
 from test_learning import MLP, learn
+from test_sid import at
 from torch import Tensor, nn
 
 from stepdistill.backbones import conditioned, unet2d
@@ -42,39 +44,23 @@ def method_for(process: NoiseProcess, **fields) -> FreeFlow:
     return FreeFlow(**{"init_ratio": 9.0, "input": "sigma" if isinstance(process, VE) else "unit", **fields})
 
 
-class ExactMap(nn.Module):
-    """The network whose mean velocity is that of the exact map of ``law``, plus ``offset``, for any output."""
+class Map(Told):
+    """The student whose mean velocity is that of the exact map of a Gaussian ``law``, plus ``offset``."""
 
-    def __init__(self, law: Mixture, process: NoiseProcess, target: Target, offset: float = 0.0) -> None:
+    def __init__(self, law: Mixture, process: NoiseProcess, offset: float = 0.0) -> None:
         super().__init__()
-        self.law, self.process, self.target, self.offset = law, process, target, offset
+        self.law, self.process, self.offset = law, process, offset
 
-    def forward(self, x: Tensor, label: Tensor, target_label: Tensor) -> Tensor:
-        process = self.process
-        start, then = process.time_of_label(label), process.time_of_label(target_label)
-        a, s = process.coefficients(start, x)
-        if self.target == "edm":
-            x = x * (s.square() + SIGMA_DATA**2).sqrt()
+    def expectations(self, x: Tensor, a: Tensor, s: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        """``x0`` and ``eps`` on the straight line from ``x`` to the state at time ``then``."""
         z, t_0 = x / (a + s), s / (a + s)
-        end = process.sigma(then) / (process.alpha(then) + process.sigma(then))
+        end = self.process.sigma(then) / (self.process.alpha(then) + self.process.sigma(then))
         mean = (flow_map(self.law, FLOW, z, t_0[:, 0], end) - z) / (t_0 - end[:, None]) + self.offset
-        x0, eps = z + t_0 * mean, z - (1 - t_0) * mean
-        match self.target:
-            case "x0":
-                return x0
-            case "eps":
-                return eps
-            case "v":
-                return a * eps - s * x0
-            case "flow":
-                return eps - x0
-            case _:
-                total = s.square() + SIGMA_DATA**2
-                return (x0 - SIGMA_DATA**2 / total * x) * total.sqrt() / (s * SIGMA_DATA)
+        return z + t_0 * mean, z - (1 - t_0) * mean
 
 
 def exact_student(law: Mixture, process: NoiseProcess, target: Target = "x0", offset: float = 0.0) -> Denoiser:
-    return Denoiser(ExactMap(law, process, target, offset), process, target, call, sigma_data=SIGMA_DATA)
+    return Map(law, process, offset).denoiser(process, target)
 
 
 def exact_nets(process: NoiseProcess, target: Target = "x0", law: Mixture = LAW, offset: float = 0.0):
@@ -135,17 +121,22 @@ def test_mean_velocity_under_rectified_flow_is_the_known_one():
     torch.testing.assert_close(velocity(told), LINE_MEAN - noise, rtol=1e-5, atol=1e-5)
 
 
-def squared_floor(process: NoiseProcess, difference: float) -> float:
+def squared_floor(process: NoiseProcess, target: Target, difference: float, s: float) -> float:
     method = method_for(process, difference=difference)
     noise = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    s = torch.full((2,), 0.45, dtype=torch.float64)
-    return residual(method, exact_nets(process, law=LINE), noise, s).square().mean().item()
+    times = torch.full((2,), s, dtype=torch.float64)
+    return residual(method, exact_nets(process, target, line(LINE_MEAN, 0.8)), noise, times).square().mean().item()
 
 
 @every_process
-def test_floor_of_the_central_difference_falls_with_its_fourth_power(process):
-    coarse, fine = squared_floor(process, 0.02), squared_floor(process, 0.01)
-    assert math.log2(coarse / fine) == pytest.approx(4, abs=0.05)
+@every_target
+@pytest.mark.parametrize("power", [4, 2])
+def test_floor_of_the_difference_falls_with_its_fourth_power_and_its_second_where_it_is_one_sided(
+    process, target, power
+):
+    s = 0.45 if power == 4 else method_for(process).ends(process)[1] + 1e-5
+    coarse, fine = (squared_floor(process, target, difference, s) for difference in (0.02, 0.01))
+    assert math.log2(coarse / fine) == pytest.approx(power, abs=0.05)
 
 
 def test_floor_of_the_central_difference_is_the_formula():
@@ -202,27 +193,68 @@ def test_correction_vanishes_only_where_the_laws_agree(process, target):
 
 
 @every_process
-@pytest.mark.parametrize("r", [0.3, 0.6, 0.85])
-@pytest.mark.parametrize(("mean", "std"), [(LINE_MEAN, 0.3), (LINE_MEAN, 0.8), (0.2, 0.3), (0.2, math.sqrt(0.3))])
-def test_mean_correction_has_the_closed_form_and_its_descent_approaches_the_teacher(process, r, mean, std):
+@every_target
+def test_mean_correction_has_the_closed_form_and_its_descent_approaches_the_teacher(monkeypatch, process, target):
     """``E[D_N z] = (1 - r) c (k_q - k_p)``, ``k = ((1 - r) v - r) / ((1 - r)^2 v + r^2)``, for samples ``m_q + c z``.
 
-    ``E[D_N]`` is the difference of the means times ``1 + (1 - r) k_p``.  A student too narrow has a negative product
+    ``E[D_N]`` is the difference of the means times ``1 - (1 - r) k_p``.  A student too narrow has a negative product
     with its noise and one too low a negative mean, so descent widens and lifts it.
     """
+    students = [(LINE_MEAN, 0.3), (LINE_MEAN, 0.8), (0.2, 0.3), (0.2, math.sqrt(0.3)), (LINE_MEAN, math.sqrt(0.3))]
+    products = []
+    for r, (mean, std) in product((0.3, 0.6, 0.9), students):
+        x0, eps, weight = scattered(mean, std**2, 1 - r, r)
+        monkeypatch.setattr(torch, "randn_like", lambda like, eps=eps: eps)
+        nets = matched(LINE, line(mean, std), process, target)
+        found = correction(nets, x0, torch.full((len(x0),), r, dtype=torch.float64), {})
+
+        def gain(variance: float, r: float = r) -> float:
+            return ((1 - r) * variance - r) / ((1 - r) ** 2 * variance + r**2)
+
+        along = (1 - r) * std * (gain(std**2) - gain(LINE_VARIANCE))
+        offset = (mean - LINE_MEAN) * (1 - (1 - r) * gain(LINE_VARIANCE))
+        products.append((weight * found * (x0 - mean) / std).sum().item())
+        assert products[-1] == pytest.approx(along, abs=1e-9)
+        assert (weight * found).sum().item() == pytest.approx(offset, abs=1e-9)
+        assert along * (std - math.sqrt(LINE_VARIANCE)) >= 0
+        assert offset * (mean - LINE_MEAN) >= 0
+    assert products[::5] == pytest.approx([-0.289, -0.039, -0.001], abs=3e-3), "the specification's, of samples"
+
+
+@every_process
+@every_target
+def test_both_gradients_are_those_of_the_closed_forms(monkeypatch, process, target):
+    """A map whose velocity is off by ``o`` has ``D_G = (1 - delta k(s)) o`` for the slope ``k`` of ``u``.
+
+    The gradient reaches ``F``, whatever the network predicts of it, decayed by its size, and in the rows of the
+    correction, of ``(E_fake[x0] - E_teacher[x0]) / r``, in the ratio of norms that was asked for.
+    """
     torch.manual_seed(0)
-    z = torch.randn(200_000, 1, dtype=torch.float64)
-    found = correction(matched(LINE, line(mean, std), process), mean + std * z, torch.full((len(z),), r), {})
+    noise, eps, tilt = torch.randn(8, 2).double(), torch.randn(2, 2).double(), torch.zeros(8, 2).double()
+    method = method_for(process, derivative="exact", eps=0.05, correction_ratio=0.7, times=at(0.5))
+    (start, end), other = method.ends(process), gaussian(MEAN + 0.4, 2 * COV)
+    nets = {**exact_nets(process, target, offset=0.1), "fake": other.denoiser(process, target)}
+    tilt.requires_grad_()
+    nets["student"] = replace(nets["still"], call=lambda network, x, label, cond: call(network, x, label, cond) + tilt)
+    monkeypatch.setattr(torch, "randn_like", lambda like: eps)
+    torch.manual_seed(1)
+    (found,) = torch.autograd.grad(method.student_loss(nets, Batch(noise)).value, tilt)
 
-    def gain(variance: float) -> float:
-        return ((1 - r) * variance - r) / ((1 - r) ** 2 * variance + r**2)
-
-    along = (1 - r) * std * (gain(std**2) - gain(LINE_VARIANCE))
-    offset = (mean - LINE_MEAN) * (1 - (1 - r) * gain(LINE_VARIANCE))
-    assert (found * z).mean().item() == pytest.approx(along, abs=0.02)
-    assert found.mean().item() == pytest.approx(offset, abs=0.02)
-    assert along * (std - math.sqrt(LINE_VARIANCE)) >= 0
-    assert offset * (mean - LINE_MEAN) >= 0
+    torch.manual_seed(1)
+    s = start - (start - end) * UniformTimes(low=0.0, high=1.0).draw(FLOW, noise[:6])
+    told = method.told(nets["student"], noise, torch.cat([s, s.new_full((2,), end)]), {})
+    spread, axes = torch.linalg.eigh(COV)
+    at_s = s[:, None]
+    slope = ((1 - at_s) * spread - at_s) / ((1 - at_s).square() * spread + at_s.square())
+    wrong = (0.1 * torch.ones(2).double() @ axes * (1 - (start - at_s) * slope)) @ axes.T
+    wrong = wrong / (wrong.square().mean(1, keepdim=True) + 0.05)
+    r = torch.full((2, 1), 0.5 * start, dtype=torch.float64)
+    x_r = (1 - r) * told.x0[6:].detach() + r * eps
+    gap = (other.expectations(x_r, 1 - r, r)[0] - LAW.expectations(x_r, 1 - r, r)[0]) / r
+    gap = gap * 0.7 * wrong.norm(dim=1).mean() / (gap.norm(dim=1).mean() + 0.05)
+    moved = torch.cat([wrong / wrong.numel(), gap / gap.numel()])
+    (expected,) = torch.autograd.grad((velocity(told) * moved).sum(), tilt)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_correction_equals_the_difference_of_denoisers_over_the_noise():

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import pytest
 import torch
@@ -15,18 +15,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepdistill.backbones import conditioned, unet2d
 from stepdistill.config import Optimizer, Training
 from stepdistill.denoiser import Denoiser
-from stepdistill.methods import BOOT, Batch, FreeFlow, Loss, Method, SiD, Turn
+from stepdistill.methods import BOOT, DMD, AnyMethod, Batch, FreeFlow, Loss, Method, SiD, Turn
 from stepdistill.process import VP
 from stepdistill.samplers import StudentSampler
 from stepdistill.trainer import Diverged, Trainer
 
 PROCESS = VP(DDPMScheduler().alphas_cumprod.double())
-METHODS = [SiD(), SiD(low_memory=False), BOOT(t_max=0.7)]
+FRUGAL: dict[str, dict[str, Any]] = {
+    "dmd": {"fake_updates": 1},
+    "disback": {"record_steps": 2, "points": 2, "switch_every": 1, "method": DMD(fake_updates=1)},
+    "boot": {"teacher_steps": 8},
+    "tbcm": {"route_points": 3, "jvp": "finite", "warmup_steps": 0},
+    "tscd": {"segments": (2, 1), "stage_steps": (1,), "teacher_steps": 4},
+}
+"""Of methods whose default takes many calls or steps, or begins slowly; the teacher predicts v, as suits them all."""
+METHODS = [*(kind(**FRUGAL.get(kind().name, {})) for kind in get_args(AnyMethod)), SiD(low_memory=False)]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
 
 def build(method, *, seed=0, steps=10, watch=lambda step, log: None, network=tiny_unet, **training):
     options = {"batch_size": 4, "optimizer": Optimizer(lr=1e-3), "ema_halflife_images": None, **training}
-    teacher = Denoiser(network(), PROCESS, "eps", unet2d.call)
+    teacher = Denoiser(network(), PROCESS, "v", unet2d.call)
+    if not isinstance(method, Regression):
+        method.check(teacher)
     networks = {role: copy.deepcopy(teacher.network) for role in ("student", *method.roles)}
     if method.two_times:
         networks["student"] = conditioned.Conditioned(network())
@@ -69,7 +80,7 @@ def shadow(trainer):
     return trainer.ema.shadow_params
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["sid", "sid-joint", "boot"])
+@every_method
 def test_frozen_roles_do_not_move_and_learners_do(method):
     trainer = build(method)
     teacher = weights(trainer.frozen["teacher"].network)
@@ -85,7 +96,7 @@ def test_frozen_roles_do_not_move_and_learners_do(method):
     assert torch.equal(weights(trainer.frozen["teacher"].network), teacher)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["sid", "sid-joint", "boot"])
+@every_method
 def test_frozen_twins_are_the_learners_memory_and_never_ask_for_gradients(method):
     trainer = build(method)
     trainer.step()
@@ -142,9 +153,9 @@ def test_accumulated_micro_batches_are_one_large_batch():
     assert small.images_per_step == 16
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["sid", "sid-joint", "boot"])
+@every_method
 def test_frozen_networks_in_parts_teach_the_same(method):
-    plain = Optimizer(lr=1e-2, eps=1.0)
+    plain = Optimizer(lr=0.1, eps=1.0)
     whole, parts = build(method, optimizer=plain), build(method, optimizer=plain, frozen_batch_size=3)
     rows = []
     for role in parts.frozen:
@@ -152,12 +163,12 @@ def test_frozen_networks_in_parts_teach_the_same(method):
     start = weights(whole.student)
     for trainer in (whole, parts):
         torch.manual_seed(1)
-        trainer.step()
-        trainer.step()
+        for _ in range(max(2, method.least_steps)):
+            trainer.step()
     moved = weights(whole.student) - start
-    assert moved.abs().max() > 1e-6
+    assert moved.abs().max() > 1e-4
     assert max(rows) == 3
-    torch.testing.assert_close(weights(parts.student) - start, moved, atol=1e-7, rtol=1e-3)
+    assert (weights(parts.student) - weights(whole.student)).norm() < 1e-3 * moved.norm()
 
 
 def test_gradient_is_clipped_to_the_global_norm():
@@ -174,11 +185,11 @@ def test_gradient_is_clipped_to_the_global_norm():
 
 
 def test_average_has_the_half_life_asked_for_and_ramps_up():
-    trainer = build(Regression(), ema_halflife_images=8.0, batch_size=4, steps=400)
+    trainer = build(Regression(), ema_halflife_images=2.0, batch_size=4, steps=400)
     expected = None
-    for step in range(1, 101):
+    for step in range(1, 21):
         trainer.step()
-        beta = 0.5 ** (4 / min(8.0, 0.05 * 4 * step))
+        beta = 0.5 ** (4 / min(2.0, 0.05 * 4 * step))
         now = weights(trainer.student).double()
         # diffusers' EMAModel takes the weights as they are on its first step
         expected = now if expected is None else beta * expected + (1 - beta) * now
@@ -197,21 +208,19 @@ def test_averaged_weights_are_lent_and_the_trained_ones_return_exactly():
     assert torch.equal(weights(trainer.student), before)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["sid", "sid-joint", "boot"])
+@every_method
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(method, tmp_path):
     options = {"ema_halflife_images": 100.0, "lr_schedule": "cosine", "lr_warmup_steps": 2, "steps": 6}
     whole = build(method, **options)
-    for _ in range(6):
+    for step in range(5):
+        if step == 3:
+            whole.save(tmp_path)
         whole.step()
     after = torch.randn(3)
-    half = build(method, **options)
-    for _ in range(3):
-        half.step()
-    half.save(tmp_path)
     resumed = build(method, seed=99, **options)
     resumed.load(tmp_path)
     assert resumed.progress.step == 3
-    for _ in range(3):
+    for _ in range(2):
         resumed.step()
     for role, learner in whole.learners.items():
         assert torch.equal(weights(resumed.learners[role]), weights(learner)), role
@@ -266,7 +275,7 @@ class _NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["sid", "sid-joint", "boot"])
+@every_method
 def test_a_training_step_never_waits_for_the_device(method):
     trainer = build(method, ema_halflife_images=100.0, max_grad_norm=1.0)
     trainer.step()

@@ -134,18 +134,18 @@ def test_the_oracles_jumps_are_the_ones_of_the_ode(process, target):
 
 
 @every_process
-@every_law
+@every_target
 @pytest.mark.parametrize("segments", [4, 2, 1])
-def test_ddim_floor_of_exact_jumps_is_the_formula(process, law, segments):
+def test_ddim_floor_of_exact_jumps_is_the_formula(process, target, segments):
     """``(v_n / v_{k+1}) (a_k - v_{k+1} / v_k) (x_k - alpha_k m)``, at every index at once."""
     torch.manual_seed(0)
     method, memory = method_for(process, distance="l2"), {}
-    (mean,), (spread,), (axes,) = law.means, law.spreads, law.axes
+    (mean,), (spread,), (axes,) = SPACE.means, SPACE.spreads, SPACE.axes
     grid = grid_of(method, process)
-    nets = roles(law.denoiser(process), exact_jumps(grid, segments, law).denoiser(process))
-    method.student_loss(nets, Batch(draw(16, law), memory=memory), segments)
+    nets = roles(SPACE.denoiser(process, target), exact_jumps(grid, segments, SPACE).denoiser(process, target))
+    method.student_loss(nets, Batch(draw(16, SPACE), memory=memory), segments)
     x, k = memory["tscd_x"], memory["tscd_k"]
-    found = method.student_loss(nets, Batch(draw(16, law), memory=memory), segments).value
+    found = method.student_loss(nets, Batch(draw(16, SPACE), memory=memory), segments).value
     n = (k * segments // 8 + 1) * 8 // segments
 
     def level(i):

@@ -139,10 +139,18 @@ def few_step_times(
     VE and trig: their own time.  The clean sample would be the next level.
 
     Raises:
-        ValueError: more steps than the teacher's table has entries.
+        ValueError: more steps than the teacher's table has entries, or two levels at one of them.
     """
     if levels:
-        return tuple(time_at_ratio(process, level) for level in levels)
+        times = tuple(time_at_ratio(process, level) for level in levels)
+        for (level, now), (below, then) in pairwise(zip(levels, times, strict=True)):
+            if now <= then:
+                label = process.label(torch.tensor([now], dtype=torch.float64)).item()
+                raise ValueError(
+                    f"levels {level:g} and {below:g} are one level of the teacher, which is told {label:.4g} at both; "
+                    "set levels further apart"
+                )
+        return times
     start = time_at_ratio(process, ratio)
     if steps == 1:
         return (start,)
