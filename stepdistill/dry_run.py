@@ -6,8 +6,6 @@ code does and not what a formula says of it.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .backbones.plain import PLAIN
 from .bundled import BUILTIN
 from .conditions import Cond
 from .config import Config, Evaluate, Stage, Training
+from .counting import fused_attention, measured
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
 from .learners import learning, networks, tune
 from .preflight import check_derivatives, check_trackers, checked
@@ -171,20 +167,13 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
                 if "compute_dtype" in vars(layer):  # of a GGUF file, which autocast sees to in a run
                     vars(layer)["compute_dtype"] = half
     step = Step(stage, trainer)
-    with patch.object(functional, "scaled_dot_product_attention", _fused):
+    with patch.object(functional, "scaled_dot_product_attention", fused_attention):
         peak, flops = measured(step, step.everything(), META)
         if trainer.memory:  # made once, by the first step
             peak, flops = measured(step, step.everything(), META)
     if training.mixed_precision != "no":  # weights in half precision, and gradients that are not
         peak += 4 * max(role.learning for role in roles.values())
     return Rehearsal(roles, peak, flops * training.gradient_accumulation // step.rounds)
-
-
-def measured(run: Callable[[], object], before: list[Tensor], device: torch.device) -> tuple[int, int]:
-    """The most bytes on ``device`` that ``run`` holds beside ``before``, and its operations."""
-    with FlopCounterMode(display=False) as counter, _Peak(before, device) as peak:
-        run()
-    return peak.most, counter.get_total_flops()
 
 
 class Step:
@@ -211,54 +200,6 @@ class Step:
 
 class _OnMeta(Accelerator):
     device = META  # type: ignore[assignment]
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **_: Any,  # noqa: ANN401
-) -> Tensor:
-    """Attention as a GPU computes it, without the matrix of all pairs."""
-    if not torch.backends.cuda.mem_efficient_sdp_enabled():  # forward mode has asked for the matrix
-        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:2], query.shape[2], key.shape[2])
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-
-class _Peak(TorchDispatchMode):
-    """Follows every storage from when it is made to when it is freed."""
-
-    def __init__(self, before: list[Tensor], device: torch.device) -> None:
-        super().__init__()
-        self.device, self.now, self.most = device, 0, 0
-        self.known = {each.untyped_storage()._cdata for each in before}
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, made)
-        return made
-
-    def _see(self, tensor: Tensor) -> None:
-        if tensor.device != self.device:
-            return
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.known:
-            return
-        self.known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, which: int, size: int) -> None:
-        self.known.discard(which)
-        self.now -= size
 
 
 def role_of(network: nn.Module, role: str, training: Training) -> Role:

@@ -20,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from diffusers.models.embeddings import Timesteps
 from families import BUILD, build
 from peft import PeftModel
 
@@ -98,6 +99,19 @@ def test_every_family_is_tested(folders):
         assert built & set(family.pipelines)
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3", "pixart", "sana", "dit"])
+def test_networks_in_half_precision_tell_neighbouring_times_apart(name, folders, cache):
+    """Flux alone rounds its time itself, in its stock pipeline too."""
+    teacher, seen = load_teacher(str(folders(name)), dtype="bfloat16"), []
+    for part in teacher.network.modules():
+        if isinstance(part, Timesteps):
+            part.register_forward_pre_hook(lambda part, told: seen.append(told[0]))
+    cond = data_free(teacher, asked(teacher), torch.device("cpu")).cond(range(2))
+    times = torch.tensor([0.997, 0.999], dtype=torch.float64)
+    teacher.denoiser(torch.zeros(2, *teacher.sample_shape), times, cond)
+    torch.testing.assert_close(seen[0].double(), teacher.denoiser.process.label(times), rtol=1e-6, atol=0)
+
+
 GUIDED = {
     "sd": 3.0,
     "sd-v": 3.0,
@@ -116,10 +130,18 @@ GUIDED = {
 @pytest.mark.parametrize("scale", [1.0, None])
 def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     """Same noise, the pipeline's own scheduler, guidance off and on; Flux is told its scale."""
-    name, folder, teacher = family
-    scale = scale or GUIDED.get(name, 2.5)
-    data = data_free(teacher, asked(teacher, guidance_scale=scale), torch.device("cpu"))
-    denoiser = teacher.guided(asked(teacher, guidance_scale=scale), data.null)
+    same_as_stock(*family, scale or GUIDED.get(family[0], 2.5))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "flux-schnell"], indirect=True)
+def test_a_negative_prompt_is_the_stock_pipelines(family):
+    same_as_stock(*family, GUIDED.get(family[0], 2.5), "a dog")
+
+
+def same_as_stock(name: str, folder: Path, teacher: Teacher, scale: float, negative: str | None = None) -> None:
+    wanted = asked(teacher, guidance_scale=scale, negative_prompt=negative)
+    data = data_free(teacher, wanted, torch.device("cpu"))
+    denoiser = teacher.guided(wanted, data.null)
     kind = pipeline_class(teacher.index)
     pipeline: Any = kind.from_pretrained(folder, **empty_parts(teacher.index))
     pipeline.set_progress_bar_config(disable=True)
@@ -132,6 +154,8 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     said = call(name, teacher, 1) | {"guidance_scale": scale}
     if name == "flux-schnell" and scale > 1:
         said = call(name, teacher, 1) | {"true_cfg_scale": scale, "negative_prompt": ""}
+    if negative is not None:
+        said["negative_prompt"] = negative
     torch.manual_seed(5)
     made = pipeline(num_inference_steps=4, output_type="np", **said).images
     torch.manual_seed(5)
