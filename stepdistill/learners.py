@@ -62,6 +62,8 @@ def tune(network: nn.Module, training: Training) -> None:
     if training.gradient_checkpointing:
         # Nothing here is random, so there is no state of generators to keep, which would make a GPU wait.
         stock.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    elif isinstance(stock, ModelMixin) and stock.is_gradient_checkpointing:  # of the stage before
+        stock.disable_gradient_checkpointing()
 
 
 def compiled(network: nn.Module, training: Training, role: str) -> nn.Module:
