@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import amount, count, positive, taken
-from .errors import Diverged, UserError, plain_warnings
+from .errors import Diverged, NotExported, UserError, plain_warnings
 
 
 def _parser() -> ArgumentParser:
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (UserError, Diverged) as error:
+    except (UserError, Diverged, NotExported) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -41,7 +41,7 @@ def export_lora(
     """Write the adapters of a student that is made of them, and its scheduler, for the teacher's own pipeline.
 
     Raises:
-        RuntimeError: see ``accept``; compared is the teacher's pipeline with the adapters.
+        NotExported: see ``accept``; compared is the teacher's pipeline with the adapters.
     """
     assert hosted.scheduler is not None
     assert kept_back(host.teacher, hosted) is None

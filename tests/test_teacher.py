@@ -1,6 +1,7 @@
 """Teachers: what loads, how it is read, and how the rest is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,11 +10,14 @@ from conftest import tiny_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from families import build
 from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import save_file
 
 from stepdistill import sources
+from stepdistill.__main__ import main
 from stepdistill.config import Data
 from stepdistill.data import data_free
 from stepdistill.errors import UserError
+from stepdistill.parts import check_files, check_whole
 from stepdistill.process import VE, VP, Flow
 from stepdistill.samplers import SampleNoise, sample_ode
 from stepdistill.teacher import load_teacher
@@ -97,7 +101,7 @@ def test_bad_teachers_are_refused_with_what_is_supported(teachers, tmp_path):
     lacking = tmp_path / "g"
     shutil.copytree(good, lacking)
     (lacking / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="cannot read the weights"):
+    with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model.safetensors is damaged \(.*copy or download"):
         load_teacher(str(lacking))
     shutil.rmtree(lacking / "scheduler")
     with pytest.raises(UserError, match=r"cannot read scheduler/scheduler_config\.json"):
@@ -170,6 +174,56 @@ def test_a_component_that_the_folder_lacks_is_named_before_anything_is_trained(t
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(UserError, match="names text_encoder, which the folder lacks; complete it, or write"):
         load_teacher(str(folder))
+
+
+def _renamed(folder, part, suffix):
+    """The weights of a part under another kind of name."""
+    for file in (folder / part).glob("*.safetensors"):
+        file.rename(file.with_suffix(suffix))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("vae", None, "has no vae in its model_index.json, which StableDiffusionPipeline needs"),
+        ("text_encoder", None, "has no text_encoder in its model_index.json"),
+        ("scheduler", None, "has no scheduler in its model_index.json"),
+        ("vae", "", r"has no weights in vae/"),
+        ("text_encoder", ".bin", r"has its text_encoder as pickles alone.*from_pretrained\(\".*\"\)\.save_pretrained"),
+        ("unet", ".fp16.safetensors", r"has its unet as the variant fp16 alone.*variant=\"fp16\""),
+    ],
+)
+def test_a_part_that_cannot_be_used_is_named_in_one_line_before_anything_is_trained(
+    part, change, said, tmp_path, capsys
+):
+    folder = build("sd", tmp_path / "sd")
+    if change is None:
+        index = json.loads((folder / "model_index.json").read_text())
+        index[part] = [None, None]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    elif change:
+        _renamed(folder, part, change)
+    else:
+        (folder / part / "diffusion_pytorch_model.safetensors").unlink()
+    words = [f"teacher={folder}", f"output_dir={tmp_path / 'run'}", "data.prompts=[a cat]", "training.trackers=[]"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--config", "sd15_sid", *words])
+    [line] = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert re.search(said, line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_shard_is_named_and_files_of_the_hub_are_judged_by_name(tmp_path):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing, of 2 shards"):
+        check_whole(tmp_path, "me/model")
+    check_files(["unet"], ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/x.bin"], "me/model")
+    check_files(["unet", "scheduler"], ["diffusion_pytorch_model.safetensors"], "me/ddpm")  # of one folder
+    with pytest.raises(UserError, match="the variant fp16 alone"):
+        check_files(["unet"], ["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], "me/model")
 
 
 def test_a_gated_model_is_said_to_be_gated(monkeypatch):
