@@ -86,6 +86,7 @@ def _declare_distill(commands: Any) -> None:  # noqa: ANN401
     made.add_argument(
         "--tflops", type=amount, default=400.0, help="10^12 operations per second of the device of a dry run (400)"
     )
+    made.add_argument("--gpus", type=positive, default=1, help="devices that a dry run tells the hours of (1)")
 
 
 def _distill(told: Namespace) -> None:
@@ -96,7 +97,7 @@ def _distill(told: Namespace) -> None:
     if told.dry_run:
         from .dry_run import dry_run
 
-        print(dry_run(config, tflops=told.tflops))
+        print(dry_run(config, tflops=told.tflops, gpus=told.gpus))
     else:
         from .distill import distill
 

@@ -35,12 +35,13 @@ _STATES = 2
 """Of Adam and its relatives: two moments of every weight that learns, of four bytes or, in 8-bit ones, of one."""
 
 
-def dry_run(config: Config, *, tflops: float = 400.0) -> str:
+def dry_run(config: Config, *, tflops: float = 400.0, gpus: int = 1) -> str:
     """Build and check everything of ``config``, run a step without numbers, and say what a real run would take.
 
     Args:
         config: of the run; nothing is written.
         tflops: 10^12 operations per second that a device is taken to do: 400 is 40 % of an H100 in bfloat16.
+        gpus: devices that the hours are told for, each with a batch of its own.
 
     Raises:
         UserError: as the run itself would, but for the weights.
@@ -57,16 +58,23 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         f"{type(process).__name__}, samples of {shape}, pictures of {teacher.picture_size} pixels, "
         f"guidance {config.data.scale:g}",
     ]
+    hours = 0.0
     for number, (stage, sampler) in enumerate(zip(config.plan, samplers, strict=True), 1):
         times = ", ".join(f"{time:.4g}" for time in sampler.times)
         lines += ["", f"stage {number}: {stage.method.name}, {len(sampler.times)} call(s) at t = {times}"]
-        lines += rehearse(stage, config).lines(stage, tflops)
+        rehearsal = rehearse(stage, config)
+        lines += rehearsal.lines(stage, tflops)
+        hours += rehearsal.flops * stage.steps / (tflops * 1e12) / 3600
     if teacher.family is PLAIN:
         host = f"weights for the network of {teacher.source}"
     else:
         pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
         host = f"{pipeline} with {hosted.scheduler_name}"
-    lines += ["", f"student   {host}, {hosted.steps} network call(s)"]
+    lines += [
+        "",
+        f"student   {host}, {hosted.steps} network call(s)",
+        f"cost      {_cost(config, hours, gpus, tflops)}",
+    ]
     lines += [f"evaluate  {_judged(config.evaluate)}"] if config.evaluate else []
     if config.data.prompts:
         count = len(set(read_prompts(config.data.prompts)))
@@ -82,6 +90,24 @@ def _with_prompts(config: Config) -> tuple[Config, str | None]:
         return config, None
     data = config.data.model_copy(update={"prompts": ("a prompt",)})
     return config.model_copy(update={"data": data}), f"{file} is not there yet; a run needs it, one prompt a line"
+
+
+def _cost(config: Config, hours: float, gpus: int, tflops: float) -> str:
+    """GPU hours of the training; devices have batches of their own, so that more of them need fewer steps."""
+    samples = sum(
+        stage.steps * told.batch_size * told.gradient_accumulation
+        for stage in config.plan
+        for told in [cast(Training, stage.training)]
+    )
+    said = (
+        f"{hours * gpus:.2g} GPU hours of training at {tflops:g} TFLOP/s (--tflops; 400 is 40 % of an H100 in bf16), "
+    )
+    if gpus == 1:
+        return said + f"{samples:,} samples on one device; --gpus N says what N take"
+    return said + (
+        f"{hours:.2g} on each of {gpus} devices for {gpus * samples:,} samples; the {samples:,} of one device take "
+        f"steps / {gpus}: {hours:.2g} GPU hours, {hours / gpus:.2g} on each"
+    )
 
 
 def _judged(told: Evaluate) -> str:

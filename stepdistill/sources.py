@@ -77,7 +77,7 @@ def _complete(source: str, folder: Path, index: dict[str, Any]) -> Path:
             )
         check_files(names, (file.relative_to(folder).as_posix() for file in folder.rglob("*.*")), source)
         return folder
-    patterns = ["model_index.json"]
+    patterns = ["model_index.json", "README.md"]  # the card names the licence
     for name in names:
         patterns += [f"{name}/*"] if (folder / name).is_dir() else ["*config.json", "diffusion_pytorch_model*"]
     with suppress(OSError):  # without network there may still be a copy

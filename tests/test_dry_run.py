@@ -109,6 +109,18 @@ def test_every_method_can_be_rehearsed(recipe, capsys):
     assert not (parse(Config, recipe, []).output_dir).exists()
 
 
+def test_hours_are_operations_by_throughput_and_are_told_for_many_devices():
+    config = parse(Config, "digits_sid", ["training.batch_size=2", "training.gradient_accumulation=3", "steps=1000"])
+    hours = rehearse(config.plan[0], config).flops * 1000 / 1e9 / 3600
+    [one] = [line for line in dry_run(config, tflops=1e-3).splitlines() if line.startswith("cost")]
+    [four] = [line for line in dry_run(config, tflops=1e-3, gpus=4).splitlines() if line.startswith("cost")]
+    assert f"  {hours:.2g} GPU hours of training at 0.001 TFLOP/s" in one
+    assert "6,000 samples on one device" in one
+    assert f"  {4 * hours:.2g} GPU hours" in four
+    assert f"{hours:.2g} on each of 4 devices for 24,000 samples" in four
+    assert f"the 6,000 of one device take steps / 4: {hours:.2g} GPU hours, {hours / 4:.2g} on each" in four
+
+
 def test_memory_falls_as_the_settings_promise():
     @functools.cache
     def needs(*overrides):
