@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -59,6 +61,14 @@ class DataFree:
     def told(self) -> Literal["none", "classes", "prompts"]:
         """What samples are told."""
         return "prompts" if self.prompts else "classes" if self.table else "none"
+
+    @property
+    def digest(self) -> str | None:
+        """What tells the prompts, their order and their repeats from others; ``None`` without prompts."""
+        if self.order is None or not self.prompts:
+            return None
+        told = json.dumps([self.prompts[row] for row in self.order.tolist()])
+        return f"{len(self.order)} of SHA-256 {hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     @property
     def count(self) -> int:

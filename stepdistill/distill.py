@@ -147,9 +147,9 @@ class Run:
         values = self.config.dump()
         free = {"checkpoint_every", "checkpoints_kept", "log_every", "preview_every", "preview_samples", "trackers"}
         training = {key: value for key, value in values["training"].items() if key not in free}
-        processes = self.accelerator.num_processes
         kept = {key: values[key] for key in ("teacher", "seed", "method", "stages", "data", "real_data")}
-        kept |= {"training": training, "processes": processes, "network": self.teacher.network_size}
+        kept |= {"training": training, "processes": self.accelerator.num_processes}
+        kept |= {"network": self.teacher.network_size, "prompts": self.data.digest}
         return json.loads(json.dumps(kept))
 
     def begin(self) -> None:
@@ -164,13 +164,13 @@ class Run:
         """Continue exactly from the newest checkpoint of the last stage that has one.
 
         Args:
-            processes: as many as wrote it, which training needs and exporting does not.
+            processes: as many as wrote it, and its prompts, which training needs and exporting does not.
         """
         for index in range(len(self.stages) - 1, 0, -1):
             if any((self.folder / "checkpoints" / f"stage_{index + 1}").glob("step_*")):
                 self._enter(index, copy.deepcopy(self.teacher.network))  # the checkpoint has its weights
                 break
-        path, step = self.checkpoints.newest(free=() if processes else ("processes",))
+        path, step = self.checkpoints.newest(free=() if processes else ("processes", "prompts"))
         self.trainer.load(path)
         step += self.start
         if self.accelerator.is_main_process:

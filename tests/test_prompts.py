@@ -21,7 +21,7 @@ from stepdistill.__main__ import main
 from stepdistill.config import Column, Config, Data
 from stepdistill.data import data_free
 from stepdistill.decoder import Decoder
-from stepdistill.distill import distill
+from stepdistill.distill import Run, distill
 from stepdistill.errors import UserError
 from stepdistill.prompts import encode, read_prompts
 from stepdistill.streaming import write_rows
@@ -203,8 +203,29 @@ def test_what_settings_alone_show_is_refused_before_any_weights_are_read(changes
     }
     with pytest.raises(UserError, match=message):
         distill(Config.model_validate({**settings, **changes}))
-    with pytest.raises(UserError, match="cannot read the weights"):
+    with pytest.raises(UserError, match="has no weights in text_encoder/"):
         distill(Config.model_validate(settings))
+
+
+def test_a_run_is_not_resumed_with_other_prompts(teacher, folder, tmp_path):
+    """Of one file, whose name is all that the recipe says."""
+
+    def run() -> Run:
+        values = {"teacher": str(folder), "output_dir": str(tmp_path / "run"), "steps": 2}
+        values["method"] = {"name": "sid", "input": "unit", "init_ratio": 5.0}
+        training = {"batch_size": 1, "trackers": []}
+        return Run(Config.model_validate({**values, "training": training, "data": {"prompts": file}}))
+
+    file = written(tmp_path, b"a cat\na dog\n")
+    first = run()
+    first.begin()
+    first.trainer.step()
+    first._checkpoint()
+    run().resume()
+    written(tmp_path, b"a cat\na dog\na cat\n")
+    with pytest.raises(UserError, match=r"another run: prompts was '2 of SHA-256 \w{16}', is '3 of SHA-256 \w{16}'"):
+        run().resume()
+    run().resume(processes=False)  # an export asks for none
 
 
 def test_resolution_must_fit_the_vae(folder):
