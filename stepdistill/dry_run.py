@@ -99,9 +99,8 @@ def _cost(config: Config, hours: float, gpus: int, tflops: float) -> str:
         for stage in config.plan
         for told in [cast(Training, stage.training)]
     )
-    said = (
-        f"{hours * gpus:.2g} GPU hours of training at {tflops:g} TFLOP/s (--tflops; 400 is 40 % of an H100 in bf16), "
-    )
+    said = f"{hours * gpus:.2g} GPU hours of training at {tflops:g} TFLOP/s (--tflops; 400 is 40 % of an H100 in bf16),"
+    said += "\n          "
     if gpus == 1:
         return said + f"{samples:,} samples on one device; --gpus N says what N take"
     return said + (

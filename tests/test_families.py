@@ -231,6 +231,8 @@ def test_exported_student_is_its_sampler(family, steps, renoising, tmp_path):
         host=host,
     )
     assert (tmp_path / "student" / DESCRIPTION).is_file()
+    settings = json.loads((tmp_path / "student/scheduler/scheduler_config.json").read_text())
+    assert settings.get("steps_offset", 1) == 1  # Stable Diffusion's pipeline changes all else as it loads
     for path in folder.rglob("*"):
         part = path.relative_to(folder)
         if path.is_file() and part.parts[0] not in ("scheduler", teacher.family.component, "model_index.json"):
