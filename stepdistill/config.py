@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -52,8 +53,9 @@ class Column(Section):
 class Data(Section):
     """What the student is asked for; there are no images here."""
 
-    class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | None = None
-    """Labels of a class-conditional teacher: uniform over its classes, or uniform over a list (repeats weigh)."""
+    class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | dict[NonNegativeInt, PositiveFloat] | None = None
+    """Labels of a class-conditional teacher: uniform over its classes, uniform over a list (repeats weigh), or a law
+    ``{label: weight}``, to a ten-thousandth where the weights are not whole numbers of at most ten thousand in all."""
     prompts: str | tuple[str, ...] | Column | None = None
     """Text file with one prompt a line (``""`` is the empty caption), a list, or a column of a dataset; every one is
     equally likely."""

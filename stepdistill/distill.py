@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapters import save_adapters
+from .adapters import publish_adapters
 from .best import Best
 from .checkpoints import Checkpoints
 from .config import Config, Training
@@ -135,7 +135,7 @@ class Run:
             snapshots=OnDisk(
                 self.folder / "snapshots" / place,
                 self.accelerator,
-                partial(save_adapters, teacher=self.teacher) if index == 0 else None,  # later ones rest on a student
+                partial(publish_adapters, teacher=self.teacher) if index == 0 else None,  # later ones rest on a student
             ),
             watch=self._watch,
         )

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapters import export_lora, kept_back, reads_adapters
+from .adapters import export_lora, kept_back, reads_adapters, save_peft
 from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
@@ -48,6 +48,8 @@ from .styles import digits_of
 from .teacher import Teacher
 
 _PICTURE = "student.png"
+_PEFT = "peft"
+"""Where adapters are, in a student's folder, that the teacher's pipeline cannot run as they are."""
 _SHOWN = 64
 
 
@@ -127,7 +129,9 @@ class Outcome:
         unsure = "" if self.config.export.check else ", not compared with its sampler"
         print(f"\nstudent  {self.student_folder}{unsure}\npicture  {self.folder / _PICTURE}\n\n{lines}")
         if adapted and (reason := kept_back(self.teacher, hosted)):
-            print(f"\nadapters merged into the student alone: {reason}")
+            kept = self.student_folder / _PEFT
+            save_peft(student.network, kept)
+            print(f"\nadapters merged into the student: {reason}; by themselves, for the teacher's network, in {kept}")
         elif adapted:
             self._adapters(student, sampler, hosted, rows)
 

@@ -130,15 +130,16 @@ GUIDED = {
 @pytest.mark.parametrize("scale", [1.0, None])
 def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     """Same noise, the pipeline's own scheduler, guidance off and on; Flux is told its scale."""
-    same_as_stock(*family, scale or GUIDED.get(family[0], 2.5))
+    same_as_stock(family, scale or GUIDED.get(family[0], 2.5))
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "flux-schnell"], indirect=True)
 def test_a_negative_prompt_is_the_stock_pipelines(family):
-    same_as_stock(*family, GUIDED.get(family[0], 2.5), "a dog")
+    same_as_stock(family, GUIDED.get(family[0], 2.5), "a dog")
 
 
-def same_as_stock(name: str, folder: Path, teacher: Teacher, scale: float, negative: str | None = None) -> None:
+def same_as_stock(family: tuple[str, Path, Teacher], scale: float, negative: str | None = None) -> None:
+    name, folder, teacher = family
     wanted = asked(teacher, guidance_scale=scale, negative_prompt=negative)
     data = data_free(teacher, wanted, torch.device("cpu"))
     denoiser = teacher.guided(wanted, data.null)
@@ -438,6 +439,10 @@ def test_the_students_of_tscds_stages_are_published_as_adapters(name, folders, c
     distill(recipe(name, folders(name), "tscd", tmp_path / "run", lora=lora, optimizer={"lr": 1e-2}))
     kept = list((tmp_path / "run/snapshots").iterdir())
     assert [path.name for path in kept] == ["segments_2"]
+    scheduler: Any = DDIMScheduler.from_pretrained(kept[0] / "scheduler")
+    scheduler.set_timesteps(2)
+    told = json.loads((kept[0] / DESCRIPTION).read_text())["sampler"]["times"]
+    assert scheduler.timesteps.tolist() == [round(time * 999) for time in told]
     pipeline: Any = DiffusionPipeline.from_pretrained(folders(name))
     if name == "sdxl":
         pipeline.load_lora_weights(kept[0])

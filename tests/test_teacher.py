@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from stepdistill import sources
 from stepdistill.__main__ import main
 from stepdistill.config import Data
-from stepdistill.data import data_free
+from stepdistill.data import data_free, repeated
 from stepdistill.errors import UserError
 from stepdistill.parts import check_files, check_whole
 from stepdistill.process import VE, VP, Flow
@@ -132,6 +132,23 @@ def test_labels_are_drawn_as_asked(teachers):
     weighted = data_free(teacher, Data(class_labels=(2, 2, 2, 0)), device)
     share = (weighted.batch(2000).cond["class_labels"] == 2).float().mean().item()
     assert share == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 2000) ** 0.5)
+
+
+def test_labels_follow_the_law_that_weighs_them(teachers):
+    teacher = load_teacher(str(teachers("consistency")))
+    law = Data.model_validate({"class_labels": {"0": 1, 2: 3, 3: 5}, "null_label": 3})
+    assert Data.model_validate(law.model_dump(mode="json")) == law
+    told = data_free(teacher, law, torch.device("cpu"))
+    assert told.table["class_labels"].tolist() == [2, 0, 2, 2]
+    share = (told.batch(2000).cond["class_labels"] == 2).float().mean().item()
+    assert share == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 2000) ** 0.5)
+    labels = repeated({0: 0.5, 7: 0.25, 9: 0.25})
+    assert len(labels) == 10_000
+    assert [labels[:1000].count(label) for label in (0, 7, 9)] == [500, 250, 250]
+    with pytest.raises(UserError, match=r"must lie in 0\.\.3, got \[1, 4\]"):
+        data_free(teacher, Data(class_labels={1: 1.0, 4: 1.0}), torch.device("cpu"))
+    with pytest.raises(ValueError, match="greater than 0"):
+        Data.model_validate({"class_labels": {1: 0}})
 
 
 def test_labels_that_do_not_fit_are_refused(teachers):
