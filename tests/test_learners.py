@@ -227,6 +227,18 @@ def test_an_optimizer_is_found_by_its_dotted_name_and_given_what_it_knows():
     assert (adam.defaults["betas"], adam.defaults["eps"]) == ((0.3, 0.4), 1e-4)
 
 
+def test_an_eight_bit_optimizer_learns_with_moments_of_a_byte_each():
+    pytest.importorskip("bitsandbytes")
+    network = nn.Linear(128, 64)
+    before, adam = network.weight.detach().clone(), Optimizer(name="bitsandbytes.optim.AdamW8bit", lr=1e-2)
+    optimizer = optimizer_of(adam, network)
+    network(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    state = optimizer.state[network.weight]
+    assert {state["state1"].dtype, state["state2"].dtype} == {torch.uint8}
+    torch.testing.assert_close(network.weight.detach(), before - 1e-2, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
