@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
 from stepdistill import export, outcome, prompts
+from stepdistill.__main__ import main
 from stepdistill.config import Config
 from stepdistill.distill import distill, export_run
 from stepdistill.teacher import Teacher, load_teacher
@@ -39,6 +40,17 @@ def test_a_student_whose_check_breaks_off_is_complete_and_can_be_had_without_one
     assert "student, not compared with its sampler" in capsys.readouterr().out
     assert DiffusionPipeline.from_pretrained(run / "student").unet.config.sample_size == 8
     assert not (run / "student.tmp").exists()
+
+
+def test_a_student_that_is_not_its_sampler_is_one_line_of_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "student.tmp").mkdir()
+    command = "stepdistill.distill.distill"
+    monkeypatch.setattr(command, lambda _: export.accept(tmp_path / "student.tmp", tmp_path / "student", lambda: 0.1))
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--config", "digits_sid"])
+    assert stopped.value.code == 1
+    said = f"error: the exported pipeline differs from the student's sampler by 0.1; kept {tmp_path / 'student.tmp'}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_adapters_that_no_pipeline_runs_are_kept_as_peft_has_them(teachers, tmp_path, capsys):

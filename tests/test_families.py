@@ -138,6 +138,23 @@ def test_a_negative_prompt_is_the_stock_pipelines(family):
     same_as_stock(family, GUIDED.get(family[0], 2.5), "a dog")
 
 
+def test_latents_of_their_own_mean_and_spread_are_those_of_sdxls_pipeline(folders, cache, tmp_path):
+    """Playground v2.5's; our encoder is the inverse."""
+    shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
+    settings = tmp_path / "sdxl/vae/config.json"
+    own = {"latents_mean": [-1.6, 1.1, 3.3, -3.2], "latents_std": [8.4, 5.9, 9.4, 10.1]}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+    teacher = load_teacher(str(tmp_path / "sdxl"))
+    same_as_stock(("sdxl", tmp_path / "sdxl", teacher), 1.0)
+    decoder = Decoder(teacher)
+    pictures = torch.rand(1, 3, teacher.picture_size, teacher.picture_size) * 2 - 1
+    samples, vae = decoder.encode(pictures, torch.device("cpu")), decoder._loaded()
+    spread, mean = (torch.tensor(own[key]).view(1, -1, 1, 1) for key in ("latents_std", "latents_mean"))
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mode()
+    torch.testing.assert_close(samples / vae.config["scaling_factor"] * spread + mean, latents, atol=1e-4, rtol=1e-4)
+
+
 def same_as_stock(family: tuple[str, Path, Teacher], scale: float, negative: str | None = None) -> None:
     name, folder, teacher = family
     wanted = asked(teacher, guidance_scale=scale, negative_prompt=negative)
