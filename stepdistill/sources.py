@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,9 @@ def whole(source: str, folder: Path, index: dict[str, Any]) -> Path:
     Raises:
         UserError: weights are missing, damaged, pickles or variants; from the names of the files before any download.
     """
-    there = _complete(source, folder, index)
-    for name in (name for name, kind in components(index).items() if kind):
+    there, names = _complete(source, folder, index), [name for name, kind in components(index).items() if kind]
+    check_files(names, (file.relative_to(there).as_posix() for file in there.rglob("*.*")), source)
+    for name in names:
         check_whole(part(there, name), source)
     return there
 
@@ -75,13 +75,16 @@ def _complete(source: str, folder: Path, index: dict[str, Any]) -> Path:
                 f"{source}: model_index.json names {', '.join(absent)}, which the folder lacks; complete it, or "
                 "write [null, null] there for a part that the pipeline can do without"
             )
-        check_files(names, (file.relative_to(folder).as_posix() for file in folder.rglob("*.*")), source)
         return folder
     patterns = ["model_index.json", "README.md"]  # the card names the licence
     for name in names:
         patterns += [f"{name}/*"] if (folder / name).is_dir() else ["*config.json", "diffusion_pytorch_model*"]
-    with suppress(OSError):  # without network there may still be a copy
-        check_files(names, list_repo_files(source), source)
+    try:
+        files = list_repo_files(source)
+    except Exception:  # no network, no right: there may still be a copy, and what gives none says why
+        files = None
+    if files is not None:
+        check_files(names, files, source)
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS))
     except (OSError, ValueError) as error:

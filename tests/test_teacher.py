@@ -243,6 +243,27 @@ def test_a_missing_shard_is_named_and_files_of_the_hub_are_judged_by_name(tmp_pa
         check_files(["unet"], ["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], "me/model")
 
 
+def test_weights_of_the_hub_that_are_not_read_are_refused_before_they_are_downloaded(tmp_path, monkeypatch):
+    folder = build("sd", tmp_path / "sd")
+    index, _ = sources.read_index(folder / "model_index.json", "me/model")
+    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.*")]
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: pytest.fail("something was downloaded"))
+    listed = [name.replace(".safetensors", ".bin") if name.startswith("vae") else name for name in files]
+    monkeypatch.setattr(sources, "list_repo_files", lambda _: listed)
+    with pytest.raises(UserError, match="me/model has its vae as pickles alone"):
+        sources.whole("me/model", folder, index)
+
+    def no_network(_: str) -> list[str]:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(sources, "list_repo_files", no_network)
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(folder))
+    assert sources.whole("me/model", folder, index) == folder  # a copy that is here
+    next((folder / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="me/model has no weights in vae/"):
+        sources.whole("me/model", folder, index)
+
+
 def test_a_gated_model_is_said_to_be_gated(monkeypatch):
     def refuse(*_: object) -> None:
         raise GatedRepoError.__new__(GatedRepoError)  # its constructor wants a response of the hub's client
