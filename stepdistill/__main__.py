@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import amount, count, positive, taken
-from .errors import Diverged, UserError, plain_warnings
+from .errors import Diverged, NotExported, UserError, plain_warnings
 
 
 def _parser() -> ArgumentParser:
@@ -86,6 +86,7 @@ def _declare_distill(commands: Any) -> None:  # noqa: ANN401
     made.add_argument(
         "--tflops", type=amount, default=400.0, help="10^12 operations per second of the device of a dry run (400)"
     )
+    made.add_argument("--gpus", type=positive, default=1, help="devices that a dry run tells the hours of (1)")
 
 
 def _distill(told: Namespace) -> None:
@@ -96,7 +97,7 @@ def _distill(told: Namespace) -> None:
     if told.dry_run:
         from .dry_run import dry_run
 
-        print(dry_run(config, tflops=told.tflops))
+        print(dry_run(config, tflops=told.tflops, gpus=told.gpus))
     else:
         from .distill import distill
 
@@ -285,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (UserError, Diverged) as error:
+    except (UserError, Diverged, NotExported) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

@@ -19,8 +19,9 @@ from .backbones.plain import PLAIN
 from .conditions import Cond
 from .copies import sharing
 from .denoiser import Denoiser
+from .errors import UserError
 from .export import Host, accept, description_of, empty_parts, error_in_place, for_cpu
-from .hosting import Plan
+from .hosting import Plan, plan
 from .samplers import StudentSampler
 from .sources import DESCRIPTION, pipeline_class
 from .teacher import Teacher
@@ -41,7 +42,7 @@ def export_lora(
     """Write the adapters of a student that is made of them, and its scheduler, for the teacher's own pipeline.
 
     Raises:
-        RuntimeError: see ``accept``; compared is the teacher's pipeline with the adapters.
+        NotExported: see ``accept``; compared is the teacher's pipeline with the adapters.
     """
     assert hosted.scheduler is not None
     assert kept_back(host.teacher, hosted) is None
@@ -104,13 +105,35 @@ def reads_adapters(teacher: Teacher) -> bool:
 
 def save_adapters(network: Any, folder: Path, teacher: Teacher) -> None:  # noqa: ANN401
     """Write the adapters of ``network`` as the teacher's pipeline loads them; as peft does, where it loads none."""
+    if not reads_adapters(teacher):
+        save_peft(network, folder)
+        return
     layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values()))
     component = teacher.family.component
-    if reads_adapters(teacher):
-        told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings.to_dict()}
-        cast(Any, pipeline_class(teacher.index)).save_lora_weights(folder, **told)
+    told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings.to_dict()}
+    cast(Any, pipeline_class(teacher.index)).save_lora_weights(folder, **told)
+
+
+def publish_adapters(denoiser: Denoiser, sampler: StudentSampler, folder: Path, *, teacher: Teacher) -> None:
+    """Write the adapters of a student on the way and, where the teacher's pipeline runs it, the scheduler for that."""
+    save_adapters(denoiser.network, folder, teacher)
+    try:
+        hosted = plan(denoiser, sampler, classes=teacher.classes, family=teacher.family)
+    except UserError:  # no stock scheduler takes its steps
         return
-    folder.mkdir(parents=True)
-    settings.save_pretrained(str(folder))
-    whole = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in layers.items()}
-    save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    if hosted.scheduler is not None and kept_back(teacher, hosted) is None:
+        hosted.scheduler.save_pretrained(folder / "scheduler")
+        (folder / DESCRIPTION).write_text(json.dumps(description_of(sampler, hosted, None), indent=1) + "\n")
+
+
+def save_peft(network: Any, folder: Path) -> None:  # noqa: ANN401
+    """Write the adapters of ``network`` for ``PeftModel.from_pretrained`` on the network that they rest on."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    next(iter(network.peft_config.values())).save_pretrained(str(temporary))
+    layers = get_peft_model_state_dict(network).items()
+    whole = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in layers}
+    save_file(whole, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

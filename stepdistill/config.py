@@ -7,11 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -21,15 +18,14 @@ from pydantic import (
 from .methods import AnyMethod
 from .metrics.presets import protocol
 from .metrics.protocols import DIRECTIONS, Protocol
+from .training_section import SHARED as SHARED
+from .training_section import Lora as Lora
+from .training_section import Optimizer as Optimizer
+from .training_section import Precision as Precision
+from .training_section import Section, Training
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 EnoughSamples = Annotated[int, Field(ge=20)]
 """The fewest samples a distance can be computed from: two per jackknife group."""
-
-
-def _no(value: Any) -> Any:  # noqa: ANN401
-    """YAML 1.1 reads an unquoted ``no`` as false."""
-    return "no" if value is False else value
 
 
 def _scale(value: Any) -> float | tuple[float, float]:  # noqa: ANN401
@@ -41,105 +37,7 @@ def _scale(value: Any) -> float | tuple[float, float]:  # noqa: ANN401
     raise ValueError("must be a number from 0 on, or a range [low, high] with low < high")
 
 
-def _bits(value: str) -> str:
-    if value in ("int8", "nf4") or value.endswith(".gguf"):
-        return value
-    raise ValueError("must be int8, nf4 or the path of a .gguf file")
-
-
 Scale = Annotated[float | tuple[float, float], BeforeValidator(_scale)]
-
-
-class Section(BaseModel):
-    """Base of every part of a configuration: unknown keys are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-Precision = Literal["float32", "bfloat16", "float16"]
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-
-
-class Optimizer(Section):
-    """One optimizer per trained role."""
-
-    name: str = "adam"
-    """``adam``, ``adamw`` (torch's, fused), or the dotted name of an installed class: bitsandbytes.optim.AdamW8bit."""
-    lr: PositiveFloat = 1e-5
-    betas: tuple[Beta, Beta] = (0.0, 0.999)
-    """Adam's; SiD uses beta1 = 0, DMD and BOOT 0.9."""
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    options: dict[str, Any] = {}
-    """Further arguments of that class; of the ones above it is given those that it knows."""
-    lr_schedule: Schedule | None = None
-    """In place of ``training.lr_schedule``: a fake network at full rate keeps up with a student that comes to rest."""
-
-
-class Lora(Section):
-    """A role that learns low-rank adapters on the teacher's own weights instead of a full copy (Hu et al. 2022)."""
-
-    rank: PositiveInt = 64
-    alpha: PositiveFloat | None = None
-    """The adapters count ``alpha / rank`` (SwiftBrush: 108 / 64); null is the rank."""
-    targets: tuple[str, ...] | None = None
-    """Names, or their ends, of the linear and convolution layers with adapters; null is the attentions' projections."""
-
-
-class Training(Section):
-    """How the networks are trained; nothing here changes the loss."""
-
-    batch_size: PositiveInt = 64
-    """Samples per process and micro-batch."""
-    gradient_accumulation: PositiveInt = 1
-    """Micro-batches per turn; each turn is repeated, with fresh noise, before its optimizer steps."""
-    optimizer: Optimizer = Optimizer()
-    role_optimizers: dict[str, Optimizer] = {}
-    """Optimizer of single roles (``fake``, ...) where it differs."""
-    lora: dict[str, Lora] = {}
-    """Roles (``student``, ``fake``) that are low-rank adapters."""
-    lr_schedule: Schedule = "constant_with_warmup"
-    """Of every role whose optimizer names none."""
-    lr_warmup_steps: NonNegativeInt = 0
-    max_grad_norm: PositiveFloat | None = None
-    """Global norm that the gradient of a role is clipped to."""
-    ema_halflife_images: PositiveFloat | None = 50_000
-    """Half-life of the student's average in generated images; null is none."""
-    ema_rampup: PositiveFloat = 0.05
-    """It is at most this share of the images so far: SiD's, for long runs; short ones gain from more."""
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no)] = "no"
-    guidance_in_two_passes: bool = False
-    """Call a guided teacher twice, in place of once with a doubled batch: less memory, more time."""
-    frozen_batch_size: PositiveInt | None = None
-    """Rows that a frozen network is called with at a time; null is all.  Less memory where no gradient goes through."""
-    teacher_dtype: Precision = "float32"
-    """Weights of the teacher, and of adapters' frozen base; what learns in full is float32."""
-    parts_dtype: Precision = "float32"
-    """Weights of its text encoders and VAE, and prompts as they are kept."""
-    quantize_teacher: Annotated[str, AfterValidator(_bits)] | None = None
-    """Linear layers of the frozen teacher in eight bits (``int8``, torchao) or four (``nf4``, bitsandbytes), or the
-    path of a ``.gguf`` file with its weights; what learns starts from the pipeline's whole weights."""
-    teacher_device: str | None = None
-    """Another device for the teacher (``cuda:1``), of a run of one process; null is the run's own."""
-    offload_teacher: bool = False
-    """Keep the teacher in the memory of the CPU but for the turns that ask it."""
-    attention: str | None = None
-    """diffusers' attention backend (``flash``, ``sage``, ``_native_math``, ...) of every network."""
-    gradient_checkpointing: bool = False
-    """Keep the input of every block alone and compute the rest again on the way back: less memory, more time."""
-    channels_last: bool = False
-    """Memory order that convolutions of many devices prefer."""
-    compile: str | dict[str, str] | None = None
-    """``torch.compile`` backend (``inductor``) of every network, or by role: ``{teacher: inductor}``."""
-    log_every: PositiveInt = 10
-    preview_every: NonNegativeInt = 0
-    """Steps between preview grids; 0 is none."""
-    preview_samples: PositiveInt = 32
-    checkpoint_every: NonNegativeInt = 1000
-    """Steps between checkpoints; 0 writes one only when the run ends or is interrupted."""
-    checkpoints_kept: PositiveInt = 2
-    trackers: tuple[str, ...] = ("tensorboard",)
-    """Names of accelerate trackers; ``metrics.jsonl`` is always written."""
 
 
 class Column(Section):
@@ -155,8 +53,9 @@ class Column(Section):
 class Data(Section):
     """What the student is asked for; there are no images here."""
 
-    class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | None = None
-    """Labels of a class-conditional teacher: uniform over its classes, or uniform over a list (repeats weigh)."""
+    class_labels: Literal["uniform"] | tuple[NonNegativeInt, ...] | dict[NonNegativeInt, PositiveFloat] | None = None
+    """Labels of a class-conditional teacher: uniform over its classes, uniform over a list (repeats weigh), or a law
+    ``{label: weight}``, to a ten-thousandth where the weights are not whole numbers of at most ten thousand in all."""
     prompts: str | tuple[str, ...] | Column | None = None
     """Text file with one prompt a line (``""`` is the empty caption), a list, or a column of a dataset; every one is
     equally likely."""
@@ -250,7 +149,7 @@ class Stage(Section):
     method: Annotated[AnyMethod, Field(discriminator="name")]
     steps: PositiveInt
     training: Training | None = None
-    """In place of the run's ``training``, as a whole."""
+    """In place of the run's ``training``, but for what all stages share: precision, teacher, attention, trackers."""
 
 
 class Config(Section):
@@ -288,7 +187,11 @@ class Config(Section):
         """The stages of the run, each with its ``training``; one where none are named."""
         if self.method is not None and self.steps is not None:
             return (Stage(method=self.method, steps=self.steps, training=self.training),)
-        return tuple(stage.model_copy(update={"training": stage.training or self.training}) for stage in self.stages)
+        run = self.training
+        return tuple(
+            stage.model_copy(update={"training": stage.training.sharing(run) if stage.training else run})
+            for stage in self.stages
+        )
 
     @property
     def methods_used(self) -> str:
@@ -297,4 +200,5 @@ class Config(Section):
 
     def dump(self) -> dict[str, Any]:
         """The configuration as plain YAML values; loading it again gives the same run."""
-        return self.model_dump(mode="json", exclude={"resume"})
+        shared = tuple(whole if stage.training else stage for stage, whole in zip(self.stages, self.plan, strict=False))
+        return self.model_copy(update={"stages": shared}).model_dump(mode="json", exclude={"resume"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,6 +19,9 @@ from .methods.base import Batch
 from .metrics.sources import load_images
 from .prompts import encode, read_prompts
 from .teacher import Teacher
+
+_LAW = 10_000
+"""Entries that a law of labels is written as."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +64,14 @@ class DataFree:
     def told(self) -> Literal["none", "classes", "prompts"]:
         """What samples are told."""
         return "prompts" if self.prompts else "classes" if self.table else "none"
+
+    @property
+    def digest(self) -> str | None:
+        """What tells the prompts, their order and their repeats from others; ``None`` without prompts."""
+        if self.order is None or not self.prompts:
+            return None
+        told = json.dumps([self.prompts[row] for row in self.order.tolist()])
+        return f"{len(self.order)} of SHA-256 {hashlib.sha256(told.encode()).hexdigest()[:16]}"
 
     @property
     def count(self) -> int:
@@ -200,10 +213,22 @@ def class_labels(source: str, classes: int | None, data: Data, null_label: int |
             raise UserError(f"class labels are given, but {source} is unconditional; remove them")
         return None
     if data.class_labels is None:
-        raise UserError(f"{source} has {classes} classes; set data.class_labels=uniform or a list of labels")
-    wanted = range(classes) if data.class_labels == "uniform" else data.class_labels
+        raise UserError(
+            f"{source} has {classes} classes; set data.class_labels=uniform, a list of labels or {{label: weight, ...}}"
+        )
+    told = data.class_labels
+    wanted = range(classes) if told == "uniform" else repeated(told) if isinstance(told, dict) else told
     null = null_label if data.null_label is None else data.null_label
     labels = [label for label in wanted if label != null]
     if not labels or max(labels) >= classes or min(labels) < 0:
-        raise UserError(f"class labels of {source} must lie in 0..{classes - 1}, got {list(wanted)}")
+        raise UserError(f"class labels of {source} must lie in 0..{classes - 1}, got {sorted(set(wanted))}")
     return labels
+
+
+def repeated(law: Mapping[int, float]) -> list[int]:
+    """Labels as often as they weigh, evenly mixed: every stretch of the list follows the law as well as it can."""
+    total = sum(law.values())
+    whole = total <= _LAW and all(float(weight).is_integer() for weight in law.values())
+    counts = {label: int(weight) if whole else max(1, round(_LAW * weight / total)) for label, weight in law.items()}
+    places = sorted(((k + 0.5) / count, label) for label, count in counts.items() for k in range(count))
+    return [label for _, label in places]

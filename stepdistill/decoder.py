@@ -32,7 +32,8 @@ class Decoder:
         if not self.teacher.makes_latents:
             return samples
         vae = self._loaded().to(samples.device)
-        latents = samples / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
+        spread, shift = self._law(vae, samples.device)
+        latents = samples / vae.config["scaling_factor"] * spread + shift
         parts = latents.to(vae.dtype).split(_BATCH)
         pictures = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
         vae.to("cpu")
@@ -47,7 +48,16 @@ class Decoder:
         parts = [vae.encode(part.to(device, vae.dtype)) for part in pictures.split(_BATCH)]
         latents = torch.cat([made.latent if "latent" in made else made.latent_dist.mode() for made in parts])
         vae.to("cpu")
-        return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config["scaling_factor"]
+        spread, shift = self._law(vae, device)
+        return (latents.float() - shift) / spread * vae.config["scaling_factor"]
+
+    def _law(self, vae: Any, device: torch.device) -> tuple[Tensor | float, Tensor | float]:  # noqa: ANN401
+        """Spread and shift of latents, per channel where SDXL's pipeline reads them so (Playground v2.5)."""
+        told = [vae.config.get(key) for key in ("latents_std", "latents_mean")]
+        if self.teacher.index["_class_name"] != "StableDiffusionXLPipeline" or None in told:
+            return 1.0, vae.config.get("shift_factor") or 0.0
+        spread, shift = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in told)
+        return spread, shift
 
     def _loaded(self) -> Any:  # noqa: ANN401
         if self._vae is None:

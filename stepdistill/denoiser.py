@@ -175,13 +175,19 @@ class Denoiser:
         return uncond + scale * (conditional - uncond)
 
     def _called(self, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
-        """The network's output in at least float32; it is told in its own precision, on its own device."""
+        """The network's output in at least float32; it is told in its own precision, on its own device.
+
+        But for numbers ``(B,)``, times and guidance scales: networks embed these in float32, 999 is 1000 in bfloat16.
+        """
         if self.at_once is not None and len(x) > self.at_once:
             parts = [slice(start, start + self.at_once) for start in range(0, len(x), self.at_once)]
             return torch.cat([self._called(x[part], label[part], select(cond, part)) for part in parts])
         weight = next(filter(Tensor.is_floating_point, self.network.parameters()), x)
         half = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16) else None
-        told = {key: value.to(self.device, half if value.is_floating_point() else None) for key, value in cond.items()}
+        told = {
+            key: value.to(self.device, half if value.is_floating_point() and value.dim() > 1 else None)
+            for key, value in cond.items()
+        }
         output = self.call(self.network, x.to(self.device, half), label.to(self.device), told)
         return _full_precision(output.to(x.device))
 

@@ -20,7 +20,7 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 
-from .adapters import save_adapters
+from .adapters import publish_adapters
 from .best import Best
 from .checkpoints import Checkpoints
 from .config import Config, Training
@@ -135,7 +135,7 @@ class Run:
             snapshots=OnDisk(
                 self.folder / "snapshots" / place,
                 self.accelerator,
-                partial(save_adapters, teacher=self.teacher) if index == 0 else None,  # later ones rest on a student
+                partial(publish_adapters, teacher=self.teacher) if index == 0 else None,  # later ones rest on a student
             ),
             watch=self._watch,
         )
@@ -147,9 +147,9 @@ class Run:
         values = self.config.dump()
         free = {"checkpoint_every", "checkpoints_kept", "log_every", "preview_every", "preview_samples", "trackers"}
         training = {key: value for key, value in values["training"].items() if key not in free}
-        processes = self.accelerator.num_processes
         kept = {key: values[key] for key in ("teacher", "seed", "method", "stages", "data", "real_data")}
-        kept |= {"training": training, "processes": processes, "network": self.teacher.network_size}
+        kept |= {"training": training, "processes": self.accelerator.num_processes}
+        kept |= {"network": self.teacher.network_size, "prompts": self.data.digest}
         return json.loads(json.dumps(kept))
 
     def begin(self) -> None:
@@ -164,13 +164,13 @@ class Run:
         """Continue exactly from the newest checkpoint of the last stage that has one.
 
         Args:
-            processes: as many as wrote it, which training needs and exporting does not.
+            processes: as many as wrote it, and its prompts, which training needs and exporting does not.
         """
         for index in range(len(self.stages) - 1, 0, -1):
             if any((self.folder / "checkpoints" / f"stage_{index + 1}").glob("step_*")):
                 self._enter(index, copy.deepcopy(self.teacher.network))  # the checkpoint has its weights
                 break
-        path, step = self.checkpoints.newest(free=() if processes else ("processes",))
+        path, step = self.checkpoints.newest(free=() if processes else ("processes", "prompts"))
         self.trainer.load(path)
         step += self.start
         if self.accelerator.is_main_process:

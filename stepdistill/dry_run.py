@@ -6,8 +6,6 @@ code does and not what a formula says of it.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .backbones.plain import PLAIN
 from .bundled import BUILTIN
 from .conditions import Cond
 from .config import Config, Evaluate, Stage, Training
+from .counting import fused_attention, measured
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
 from .learners import learning, networks, tune
 from .preflight import check_derivatives, check_trackers, checked
@@ -39,12 +35,13 @@ _STATES = 2
 """Of Adam and its relatives: two moments of every weight that learns, of four bytes or, in 8-bit ones, of one."""
 
 
-def dry_run(config: Config, *, tflops: float = 400.0) -> str:
+def dry_run(config: Config, *, tflops: float = 400.0, gpus: int = 1) -> str:
     """Build and check everything of ``config``, run a step without numbers, and say what a real run would take.
 
     Args:
         config: of the run; nothing is written.
         tflops: 10^12 operations per second that a device is taken to do: 400 is 40 % of an H100 in bfloat16.
+        gpus: devices that the hours are told for, each with a batch of its own.
 
     Raises:
         UserError: as the run itself would, but for the weights.
@@ -61,16 +58,23 @@ def dry_run(config: Config, *, tflops: float = 400.0) -> str:
         f"{type(process).__name__}, samples of {shape}, pictures of {teacher.picture_size} pixels, "
         f"guidance {config.data.scale:g}",
     ]
+    hours = 0.0
     for number, (stage, sampler) in enumerate(zip(config.plan, samplers, strict=True), 1):
         times = ", ".join(f"{time:.4g}" for time in sampler.times)
         lines += ["", f"stage {number}: {stage.method.name}, {len(sampler.times)} call(s) at t = {times}"]
-        lines += rehearse(stage, config).lines(stage, tflops)
+        rehearsal = rehearse(stage, config)
+        lines += rehearsal.lines(stage, tflops)
+        hours += rehearsal.flops * stage.steps / (tflops * 1e12) / 3600
     if teacher.family is PLAIN:
         host = f"weights for the network of {teacher.source}"
     else:
         pipeline = hosted.pipeline.__name__ if hosted.pipeline else teacher.index["_class_name"]
         host = f"{pipeline} with {hosted.scheduler_name}"
-    lines += ["", f"student   {host}, {hosted.steps} network call(s)"]
+    lines += [
+        "",
+        f"student   {host}, {hosted.steps} network call(s)",
+        f"cost      {_cost(config, hours, gpus, tflops)}",
+    ]
     lines += [f"evaluate  {_judged(config.evaluate)}"] if config.evaluate else []
     if config.data.prompts:
         count = len(set(read_prompts(config.data.prompts)))
@@ -86,6 +90,23 @@ def _with_prompts(config: Config) -> tuple[Config, str | None]:
         return config, None
     data = config.data.model_copy(update={"prompts": ("a prompt",)})
     return config.model_copy(update={"data": data}), f"{file} is not there yet; a run needs it, one prompt a line"
+
+
+def _cost(config: Config, hours: float, gpus: int, tflops: float) -> str:
+    """GPU hours of the training; devices have batches of their own, so that more of them need fewer steps."""
+    samples = sum(
+        stage.steps * told.batch_size * told.gradient_accumulation
+        for stage in config.plan
+        for told in [cast(Training, stage.training)]
+    )
+    said = f"{hours * gpus:.2g} GPU hours of training at {tflops:g} TFLOP/s (--tflops; 400 is 40 % of an H100 in bf16),"
+    said += "\n          "
+    if gpus == 1:
+        return said + f"{samples:,} samples on one device; --gpus N says what N take"
+    return said + (
+        f"{hours:.2g} on each of {gpus} devices for {gpus * samples:,} samples; the {samples:,} of one device take "
+        f"steps / {gpus}: {hours:.2g} GPU hours, {hours / gpus:.2g} on each"
+    )
 
 
 def _judged(told: Evaluate) -> str:
@@ -171,20 +192,13 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
                 if "compute_dtype" in vars(layer):  # of a GGUF file, which autocast sees to in a run
                     vars(layer)["compute_dtype"] = half
     step = Step(stage, trainer)
-    with patch.object(functional, "scaled_dot_product_attention", _fused):
+    with patch.object(functional, "scaled_dot_product_attention", fused_attention):
         peak, flops = measured(step, step.everything(), META)
         if trainer.memory:  # made once, by the first step
             peak, flops = measured(step, step.everything(), META)
     if training.mixed_precision != "no":  # weights in half precision, and gradients that are not
         peak += 4 * max(role.learning for role in roles.values())
     return Rehearsal(roles, peak, flops * training.gradient_accumulation // step.rounds)
-
-
-def measured(run: Callable[[], object], before: list[Tensor], device: torch.device) -> tuple[int, int]:
-    """The most bytes on ``device`` that ``run`` holds beside ``before``, and its operations."""
-    with FlopCounterMode(display=False) as counter, _Peak(before, device) as peak:
-        run()
-    return peak.most, counter.get_total_flops()
 
 
 class Step:
@@ -211,54 +225,6 @@ class Step:
 
 class _OnMeta(Accelerator):
     device = META  # type: ignore[assignment]
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **_: Any,  # noqa: ANN401
-) -> Tensor:
-    """Attention as a GPU computes it, without the matrix of all pairs."""
-    if not torch.backends.cuda.mem_efficient_sdp_enabled():  # forward mode has asked for the matrix
-        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:2], query.shape[2], key.shape[2])
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-
-class _Peak(TorchDispatchMode):
-    """Follows every storage from when it is made to when it is freed."""
-
-    def __init__(self, before: list[Tensor], device: torch.device) -> None:
-        super().__init__()
-        self.device, self.now, self.most = device, 0, 0
-        self.known = {each.untyped_storage()._cdata for each in before}
-
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        made = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, made)
-        return made
-
-    def _see(self, tensor: Tensor) -> None:
-        if tensor.device != self.device:
-            return
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.known:
-            return
-        self.known.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-
-    def _gone(self, which: int, size: int) -> None:
-        self.known.discard(which)
-        self.now -= size
 
 
 def role_of(network: nn.Module, role: str, training: Training) -> Role:

@@ -16,6 +16,10 @@ class Diverged(RuntimeError):
     """A loss or a weight stopped being finite; the command line prints the message and exits with code 1."""
 
 
+class NotExported(RuntimeError):
+    """A written student is not its sampler; the command line prints the message and exits with code 1."""
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says first, or its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

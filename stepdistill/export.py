@@ -30,7 +30,7 @@ from .conditions import Cond
 from .copies import on_cpu
 from .decoder import Decoder
 from .denoiser import Denoiser
-from .errors import first_line
+from .errors import NotExported, first_line
 from .hosting import Plan
 from .lora import merged
 from .own_code import code_of, runs_own_code, write_code
@@ -108,7 +108,7 @@ def export(
         check: ``False`` leaves the check out.
 
     Raises:
-        RuntimeError: see ``accept``.
+        NotExported: see ``accept``.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -151,18 +151,18 @@ def accept(temporary: Path, folder: Path, compare: Callable[[], float] | None) -
         compare: says by how much it differs from the sampler; ``None`` where that is not asked.
 
     Raises:
-        RuntimeError: it differs by more than 1e-4, or the comparison broke off.
+        NotExported: it differs by more than 1e-4, or the comparison broke off.
     """
     if compare is not None:
         try:
             error = compare()
         except Exception as broken:
-            raise RuntimeError(
+            raise NotExported(
                 f"the student in {temporary} is complete, but comparing it with its sampler broke off: "
                 f"{first_line(broken)}; `stepdistill export RUN export.check=false` does without"
             ) from broken
         if not error < 1e-4:
-            raise RuntimeError(
+            raise NotExported(
                 f"the exported pipeline differs from the student's sampler by {error:.2g}; kept {temporary}"
             )
     shutil.rmtree(folder, ignore_errors=True)

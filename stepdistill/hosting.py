@@ -160,6 +160,7 @@ def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, student: OneStep
         timestep_scaling=1e10,  # LCM's skip connection vanishes: c_skip < 1e-19
         clip_sample=sampler.clip_sample,
         set_alpha_to_one=True,
+        steps_offset=1,  # without a use here, but Stable Diffusion's pipeline calls others outdated
     )
     return Plan(ConsistencyModelPipeline, scheduler, 1, student, output, label)
 
@@ -202,6 +203,7 @@ def _table_scheduler(
         "prediction_type": kind,
         "clip_sample": sampler.clip_sample,
         "set_alpha_to_one": True,
+        "steps_offset": 1,
     }
     if sampler.renoising == "ddim":
         return DDIMScheduler(**settings, timestep_spacing="trailing")

@@ -61,7 +61,10 @@ def tune(network: nn.Module, training: Training) -> None:
         stock.set_attention_backend(training.attention)
     if training.gradient_checkpointing:
         # Nothing here is random, so there is no state of generators to keep, which would make a GPU wait.
-        stock.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        plain = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        stock.enable_gradient_checkpointing(network.checkpointed if isinstance(network, Conditioned) else plain)
+    elif isinstance(stock, ModelMixin) and stock.is_gradient_checkpointing:  # of the stage before
+        stock.disable_gradient_checkpointing()
 
 
 def compiled(network: nn.Module, training: Training, role: str) -> nn.Module:
@@ -136,11 +139,6 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         )
     if training.quantize_teacher:
         check_quantized(network, training.quantize_teacher)
-    if training.gradient_checkpointing and conditioned and len(time_embeddings(network)) > 1:
-        raise UserError(
-            "training.gradient_checkpointing: this network embeds its time in every block, where the second time of "
-            "a method, or a scale drawn from a range, would be lost on the way back; remove it"
-        )
 
 
 def _check_backends(training: Training) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .adapters import export_lora, kept_back, reads_adapters
+from .adapters import export_lora, kept_back, reads_adapters, save_peft
 from .backbones.plain import PLAIN
 from .backbones.unet2d import UNET2D
 from .conditions import Cond
@@ -29,13 +29,27 @@ from .metrics.ranks import rank_and_world
 from .own_code import code_of
 from .plain_student import plain_usage
 from .prompts import encode
-from .report import CARD, PLACE, card, grid, picture, read_history, table, usage, usage_of_adapters
+from .report import (
+    CARD,
+    PLACE,
+    card,
+    grid,
+    licence,
+    picture,
+    read_history,
+    shown_name,
+    table,
+    usage,
+    usage_of_adapters,
+)
 from .samplers import SampleNoise, StudentSampler, sample_ode
 from .sources import is_local
 from .styles import digits_of
 from .teacher import Teacher
 
 _PICTURE = "student.png"
+_PEFT = "peft"
+"""Where adapters are, in a student's folder, that the teacher's pipeline cannot run as they are."""
 _SHOWN = 64
 
 
@@ -115,7 +129,9 @@ class Outcome:
         unsure = "" if self.config.export.check else ", not compared with its sampler"
         print(f"\nstudent  {self.student_folder}{unsure}\npicture  {self.folder / _PICTURE}\n\n{lines}")
         if adapted and (reason := kept_back(self.teacher, hosted)):
-            print(f"\nadapters merged into the student alone: {reason}")
+            kept = self.student_folder / _PEFT
+            save_peft(student.network, kept)
+            print(f"\nadapters merged into the student: {reason}; by themselves, for the teacher's network, in {kept}")
         elif adapted:
             self._adapters(student, sampler, hosted, rows)
 
@@ -226,7 +242,7 @@ class Outcome:
     def _picture(self, student: Denoiser, sampler: StudentSampler, metrics: Path) -> None:
         ids, steps = range(self.shown), self.teacher.picture_steps
         taught, learned = self._generate(self.taught, ids, steps), self._generate(student, ids, sampler)
-        title = f"{self.config.methods_used}: {self.config.teacher}, teacher in {steps} steps"
+        title = f"{self.config.methods_used}: {shown_name(self.config.teacher)}, teacher in {steps} steps"
         history, told = read_history(metrics), self.evaluator.protocol if self.evaluator else None
         picture(self.folder / _PICTURE, taught, learned, history, told, title=title, steps=len(sampler.times))
 
@@ -234,4 +250,14 @@ class Outcome:
         self, rows: Sequence[Measurement], use: str, steps: int, picture_name: str | None, *, adapters: bool = False
     ) -> ModelCard:
         told = table(rows, self.evaluator.protocol) if rows and self.evaluator else None
-        return card(self.config, told, use=use, steps=steps, picture_name=picture_name, adapters=adapters)
+        index, folder = self.teacher.index, self.teacher.folder
+        return card(
+            self.config,
+            told,
+            use=use,
+            steps=steps,
+            picture_name=picture_name,
+            adapters=adapters,
+            pipeline=index.get("_class_name", ""),
+            terms=licence(folder) if index else {},
+        )

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from accelerate.utils import LoggerType, str_to_bool
 
-from .config import Config, Evaluate, Stage, Training
+from .config import SHARED, Config, Evaluate, Stage, Training
 from .data import DataFree, check_conditions, check_images
 from .denoiser import Denoiser
 from .errors import UserError, first_line
@@ -39,6 +39,7 @@ def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Pla
     guided, stages = teacher.guided(config.data), config.plan
     prompts = check_conditions(teacher, config.data)
     check_stages(stages, guided)
+    _check_shared(config)
     for stage in stages:
         _check_roles(stage, teacher, config)
     samplers = [stage.method.sampler(guided.process) for stage in stages]
@@ -239,6 +240,23 @@ def check_derivatives(stages: Sequence[Stage], student: Denoiser, sampler: Stude
         ) from None
 
 
+def _check_shared(config: Config) -> None:
+    """Refuse a stage's ``training`` that says otherwise than the run's what a run has one of.
+
+    Raises:
+        UserError: naming stage and key.
+    """
+    run = config.training.model_dump(include={*SHARED})
+    for number, stage in enumerate(config.plan, 1):
+        told = cast(Training, stage.training).model_dump(include={*SHARED})
+        if apart := [key for key in SHARED if told[key] != run[key]]:
+            key = apart[0]
+            raise UserError(
+                f"stage {number}: training.{key} is {told[key]!r}, that of the run {run[key]!r}; all stages share it: "
+                f"remove it there, or set training.{key} of the run"
+            )
+
+
 def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
     training, method = cast(Training, stage.training), stage.method
     if training.batch_size < method.least_batch:
@@ -254,10 +272,6 @@ def _check_roles(stage: Stage, teacher: Teacher, config: Config) -> None:
             f"data.guidance_scale: the other network of {method.name} must be told the scale that a sample drew, which "
             "adapters and networks that a method goes back to cannot be; give one scale"
         )
-    shared = {"teacher_dtype", "parts_dtype", "quantize_teacher", "teacher_device", "offload_teacher", "attention"}
-    run = config.training.model_dump(include=shared)
-    if apart := [key for key, value in training.model_dump(include=shared).items() if value != run[key]]:
-        raise UserError(f"the stages share one teacher; set training.{apart[0]} of the run alone")
     if training.quantize_teacher and method.frozen_roles:
         raise UserError(f"training.quantize_teacher: {method.name} goes back to whole networks; remove it")
     roles = {"student", *method.roles}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -9,7 +10,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .errors import UserError, first_line
+from .plain import PYTHON
 from .report import CARD, PLACE
+from .student import recipe
 
 
 def push(run: Path, repo: str, *, adapters: bool = False, private: bool = False, dry_run: bool = False) -> str:
@@ -38,7 +41,7 @@ def push(run: Path, repo: str, *, adapters: bool = False, private: bool = False,
     if repo.count("/") != 1:
         raise UserError(f"{repo!r} is no repository id; write owner/name")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    card = (folder / CARD).read_text().replace(PLACE, repo).encode()
+    card = _public(folder / CARD).replace(PLACE, repo).encode()
     operations = [
         CommitOperationAdd(path.relative_to(folder).as_posix(), card if path == folder / CARD else path)
         for path in files
@@ -55,3 +58,20 @@ def push(run: Path, repo: str, *, adapters: bool = False, private: bool = False,
             raise UserError(f"the hub did not take {repo}: {first_line(error)}") from None
     done = "would be uploaded" if dry_run else "uploaded"
     return "\n".join([*lines, f"{total:>14,}  bytes in {len(lines)} files {done} to {address}"])
+
+
+def _public(card: Path) -> str:
+    """The text of a card in which files and folders of this machine, which its recipe names, have their names alone."""
+    text = card.read_text()
+    for path in _paths(recipe(card)):
+        text = text.replace(path, Path(path).name)
+    return text
+
+
+def _paths(values: object) -> list[str]:
+    """Absolute paths among the values of a recipe; of ``python:FILE.py:FUNCTION`` the file's."""
+    if isinstance(values, dict | list):
+        inside = values.values() if isinstance(values, dict) else values
+        return sorted({path for value in inside for path in _paths(value)}, key=len, reverse=True)
+    path = Path(re.sub(r"(?<=\.py):\w+$", "", values.removeprefix(PYTHON)) if isinstance(values, str) else "")
+    return [str(path)] if path.is_absolute() and path != Path("/") and path.exists() else []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -13,8 +14,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from torch import Tensor
+from yaml import YAMLError
 
 from . import __version__
+from .bundled import BUILTIN
 from .config import Config
 from .evaluation import Measurement
 from .images import to_picture, to_uint8
@@ -203,6 +206,33 @@ def read_history(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+_FAMILIES = {
+    "StableDiffusionPipeline": "stable-diffusion",
+    "StableDiffusionXLPipeline": "stable-diffusion-xl",
+    "StableDiffusion3Pipeline": "sd3",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+    "SanaPipeline": "sana",
+    "FluxPipeline": "flux",
+    "DiTPipeline": "dit",
+}
+"""Tags of the teacher's pipeline."""
+
+
+def shown_name(source: str) -> str:
+    """A teacher's name for others: hub id, ``builtin:...``, or what a folder or file is called here."""
+    return source if source.startswith(BUILTIN) or not is_local(source) else Path(source).name
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """``license``, ``license_name`` and ``license_link`` of the card in ``folder``, as far as there is one."""
+    try:
+        told = ModelCard((folder / CARD).read_text(encoding="utf-8")).data.to_dict()
+    except (OSError, ValueError, TypeError, YAMLError):
+        return {}
+    return {key: str(told[key]) for key in ("license", "license_name", "license_link") if told.get(key)}
+
+
 def card(
     config: Config,
     numbers: str | None,
@@ -211,13 +241,31 @@ def card(
     steps: int,
     picture_name: str | None,
     adapters: bool = False,
+    pipeline: str = "",
+    terms: Mapping[str, str] = MappingProxyType({}),
 ) -> ModelCard:
-    """The model card of a student or its adapters: what it is, the lines that ``use`` it, its recipe, its ``table``."""
+    """The model card of a student or its adapters: what it is, the lines that ``use`` it, its recipe, its ``table``.
+
+    Args:
+        config: of the run.
+        numbers: the table.
+        use: lines of Python.
+        steps: network calls.
+        picture_name: a file beside the card.
+        adapters: the student is adapters.
+        pipeline: class of the teacher's pipeline.
+        terms: its ``licence``.
+    """
     hub_id = None if is_local(config.teacher) else config.teacher
+    told: Any = dict(terms)
     data = ModelCardData(
+        **told,
         library_name="stepdistill" if config.teacher.startswith(PYTHON) else "diffusers",
         pipeline_tag="text-to-image" if config.data.prompts else "unconditional-image-generation",
         tags=[
+            *(["diffusers"] if pipeline else []),
+            *([_FAMILIES[pipeline]] if pipeline in _FAMILIES else []),
+            *(["lora"] if adapters else []),
             "stepdistill",
             *(f"stepdistill-{stage.method.name}" for stage in config.plan),
             "one-step" if steps == 1 else "few-step",
@@ -232,7 +280,7 @@ def card(
     recipe = yaml.safe_dump(config.dump(), sort_keys=False)
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
-        f"# {steps}-step student of {config.teacher}\n\n"
+        f"# {steps}-step student of {shown_name(config.teacher)}\n\n"
         f"Distilled without images by [stepdistill](https://pypi.org/project/stepdistill) {__version__} with "
         f"{config.methods_used} ({papers}).\n\n"
         f"{shown}"

@@ -10,12 +10,13 @@ from typing import cast
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backbones.conditioned import Conditioned
 from .denoiser import Denoiser
 from .errors import UserError
 from .lora import is_adapted, merged, plain_weights
+from .samplers import StudentSampler
 
 
 class Remembered:
@@ -28,7 +29,7 @@ class Remembered:
         """Remember the weights of ``net`` as ``name``."""
         self.kept[name] = {key: value.clone() for key, value in plain_weights(net.network).items()}
 
-    def publish(self, name: str, net: Denoiser) -> None:
+    def publish(self, name: str, net: Denoiser, sampler: StudentSampler) -> None:
         """As ``keep``."""
         self.keep(name, net)
 
@@ -43,14 +44,14 @@ class OnDisk:
     Args:
         folder: where they live; created with the first one.
         accelerator: the main process writes, all wait.
-        save_adapters: writes a network's adapters to a folder, for ``publish``.
+        save_adapters: writes a student's adapters and how it samples to a folder, for ``publish``.
     """
 
     def __init__(
         self,
         folder: Path,
         accelerator: Accelerator,
-        save_adapters: Callable[[nn.Module, Path], None] | None = None,
+        save_adapters: Callable[[Denoiser, StudentSampler, Path], None] | None = None,
     ) -> None:
         self.folder, self.accelerator, self.save_adapters = folder, accelerator, save_adapters
         self._held: dict[int, str] = {}
@@ -64,7 +65,7 @@ class OnDisk:
             self._file(name).with_suffix(".tmp").replace(self._file(name))
         self.accelerator.wait_for_everyone()
 
-    def publish(self, name: str, net: Denoiser) -> None:
+    def publish(self, name: str, net: Denoiser, sampler: StudentSampler) -> None:
         """Write the adapters of ``net`` to the folder ``name``; a network without any is kept whole, as a stock one."""
         if isinstance(net.network, Conditioned):
             net = replace(net, network=cast(Conditioned, merged(net.network)).folded())
@@ -74,7 +75,7 @@ class OnDisk:
         if self.accelerator.is_main_process:
             temporary = self.folder / f"{name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
-            self.save_adapters(net.network, temporary)
+            self.save_adapters(net, sampler, temporary)
             shutil.rmtree(self.folder / name, ignore_errors=True)
             temporary.rename(self.folder / name)
         self.accelerator.wait_for_everyone()

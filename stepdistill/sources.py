@@ -9,13 +9,14 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from .backbones import FAMILIES, Family
 from .backbones.sana import SPRINT
 from .bundled import BUILTIN, bundled
 from .errors import UserError, first_line
+from .parts import check_files, check_parts, check_whole
 from .plain import PYTHON
 from .schedulers import SUPPORTED
 
@@ -53,19 +54,37 @@ def locate(source: str) -> Path:
 
 
 def whole(source: str, folder: Path, index: dict[str, Any]) -> Path:
-    """``folder`` with the weights of every component; they are downloaded where ``source`` is a hub id."""
+    """``folder`` with the weights of every component; they are downloaded where ``source`` is a hub id.
+
+    Raises:
+        UserError: weights are missing, damaged, pickles or variants; from the names of the files before any download.
+    """
+    there, names = _complete(source, folder, index), [name for name, kind in components(index).items() if kind]
+    check_files(names, (file.relative_to(there).as_posix() for file in there.rglob("*.*")), source)
+    for name in names:
+        check_whole(part(there, name), source)
+    return there
+
+
+def _complete(source: str, folder: Path, index: dict[str, Any]) -> Path:
+    names = [name for name, kind in components(index).items() if kind]
     if is_local(source):
-        absent = [name for name, kind in components(index).items() if kind and not part(folder, name).is_dir()]
+        absent = [name for name in names if not part(folder, name).is_dir()]
         if absent:
             raise UserError(
                 f"{source}: model_index.json names {', '.join(absent)}, which the folder lacks; complete it, or "
                 "write [null, null] there for a part that the pipeline can do without"
             )
         return folder
-    patterns = ["model_index.json"]
-    for name, kind in components(index).items():
-        if kind:
-            patterns += [f"{name}/*"] if (folder / name).is_dir() else ["*config.json", "diffusion_pytorch_model*"]
+    patterns = ["model_index.json", "README.md"]  # the card names the licence
+    for name in names:
+        patterns += [f"{name}/*"] if (folder / name).is_dir() else ["*config.json", "diffusion_pytorch_model*"]
+    try:
+        files = list_repo_files(source)
+    except Exception:  # no network, no right: there may still be a copy, and what gives none says why
+        files = None
+    if files is not None:
+        check_files(names, files, source)
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=_OTHER_FORMATS))
     except (OSError, ValueError) as error:
@@ -123,6 +142,7 @@ def read_index(path: Path, source: str, *, student: bool = False) -> tuple[dict[
         raise UserError(
             f"network {network} of {source} is not supported yet; supported is {family.network.__name__} in {name}"
         )
+    check_parts(pipeline_class(index), components(index), source)
     known = sorted(kind.__name__ for kind in SUPPORTED)
     if scheduler not in known and not student:
         raise UserError(f"scheduler {scheduler} of {source} is not supported; supported are {', '.join(known)}")

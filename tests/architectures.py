@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
+
+import diffusers
 
 _SD_TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 _VAE = {"block_out_channels": [128, 256, 512, 512]}
@@ -126,6 +129,8 @@ def write(hub_id: str, folder: Path) -> Path:
         place: ["diffusers", network],
         "scheduler": ["diffusers", scheduler],
     }
+    told = inspect.signature(getattr(diffusers, pipeline)).parameters
+    index |= {name: ["transformers", "PreTrainedModel"] for name in told if name.startswith(("text_enc", "tokenizer"))}
     files = {f"{place}/config.json": {"_class_name": network, **config}}
     files["scheduler/scheduler_config.json"] = {"_class_name": scheduler, **table}
     if vae is not None:

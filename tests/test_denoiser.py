@@ -225,6 +225,21 @@ def test_the_null_condition_of_a_sample_moves_only_that_sample():
     exactly(before, guided(2.0)(x, TIMES, COND).x0)
 
 
+def test_a_half_precision_network_is_told_its_numbers_exactly():
+    """In bfloat16 999 is 1000, 0.001 is 0.000999 and 3.7 is 3.703; what is no number a sample is cast."""
+    told = {}
+    network = Recorder(lambda x, **cond: told.update(cond) or x)
+    network.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    numbers = {"guidance": 3.7, "target_label": 997.0, "timestep_scale": 0.001}
+    cond = {**{key: torch.full((2,), value) for key, value in numbers.items()}, "text": torch.ones(2, 3)}
+    times = torch.tensor([0.997, 0.999], dtype=torch.float64)
+    Denoiser(network, Flow(), "flow", call)(torch.ones(2, 2), times, cond)
+    [(x, label)] = network.calls
+    torch.testing.assert_close(label.double(), Flow().label(times))
+    assert {key: told[key].tolist() for key in numbers} == {key: cond[key].tolist() for key in numbers}
+    assert x.dtype == told["text"].dtype == torch.bfloat16
+
+
 @every_process
 @every_target
 def test_conversion_of_a_half_precision_output_is_in_float32(process, target):

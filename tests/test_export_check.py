@@ -1,16 +1,19 @@
 """What a run does with a student once it is written: the comparison with its sampler, and adapters by themselves."""
 
+import copy
 import json
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from families import BUILD, build
+from peft import PeftModel
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPVisionConfig
 
 from stepdistill import export, outcome, prompts
+from stepdistill.__main__ import main
 from stepdistill.config import Config
 from stepdistill.distill import distill, export_run
 from stepdistill.teacher import load_teacher
@@ -39,11 +42,31 @@ def test_a_student_whose_check_breaks_off_is_complete_and_can_be_had_without_one
     assert not (run / "student.tmp").exists()
 
 
-def test_a_run_says_why_no_adapters_are_written(teachers, tmp_path, capsys):
-    distill(config(str(teachers()), tmp_path / "run", training={"lora": {"student": {"rank": 2}}}))
+def test_a_student_that_is_not_its_sampler_is_one_line_of_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "student.tmp").mkdir()
+    command = "stepdistill.distill.distill"
+    monkeypatch.setattr(command, lambda _: export.accept(tmp_path / "student.tmp", tmp_path / "student", lambda: 0.1))
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--config", "digits_sid"])
+    assert stopped.value.code == 1
+    said = f"error: the exported pipeline differs from the student's sampler by 0.1; kept {tmp_path / 'student.tmp'}\n"
+    assert capsys.readouterr().err == said
+
+
+def test_adapters_that_no_pipeline_runs_are_kept_as_peft_has_them(teachers, tmp_path, capsys):
+    training = {"lora": {"student": {"rank": 2}}, "optimizer": {"lr": 1e-2}, "ema_halflife_images": None}
+    student = distill(config(str(teachers()), tmp_path / "run", training=training))
     said = capsys.readouterr().out
-    assert "adapters merged into the student alone: the student runs in a ConsistencyModelPipeline of its own" in said
+    assert "adapters merged into the student: the student runs in a ConsistencyModelPipeline of its own" in said
+    assert f"by themselves, for the teacher's network, in {student / 'peft'}" in said
     assert not (tmp_path / "run/student_lora").exists()
+    teacher: Any = UNet2DModel.from_pretrained(teachers(), subfolder="unet")
+    adapted = PeftModel.from_pretrained(copy.deepcopy(teacher), str(student / "peft")).merge_and_unload()
+    whole: Any = UNet2DModel.from_pretrained(student, subfolder="unet")
+    for name, weight in adapted.named_parameters():
+        if name.endswith("to_q.weight"):
+            torch.testing.assert_close(weight, whole.get_parameter(name))
+            assert (weight - teacher.get_parameter(name)).abs().max() > 1e-4
 
 
 def test_text_encoders_and_vae_of_half_precision_do_not_fail_the_check(tmp_path, monkeypatch):

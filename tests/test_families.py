@@ -20,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from diffusers.models.embeddings import Timesteps
 from families import BUILD, build
 from peft import PeftModel
 
@@ -98,6 +99,19 @@ def test_every_family_is_tested(folders):
         assert built & set(family.pipelines)
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3", "pixart", "sana", "dit"])
+def test_networks_in_half_precision_tell_neighbouring_times_apart(name, folders, cache):
+    """Flux alone rounds its time itself, in its stock pipeline too."""
+    teacher, seen = load_teacher(str(folders(name)), dtype="bfloat16"), []
+    for part in teacher.network.modules():
+        if isinstance(part, Timesteps):
+            part.register_forward_pre_hook(lambda part, told: seen.append(told[0]))
+    cond = data_free(teacher, asked(teacher), torch.device("cpu")).cond(range(2))
+    times = torch.tensor([0.997, 0.999], dtype=torch.float64)
+    teacher.denoiser(torch.zeros(2, *teacher.sample_shape), times, cond)
+    torch.testing.assert_close(seen[0].double(), teacher.denoiser.process.label(times), rtol=1e-6, atol=0)
+
+
 GUIDED = {
     "sd": 3.0,
     "sd-v": 3.0,
@@ -116,10 +130,36 @@ GUIDED = {
 @pytest.mark.parametrize("scale", [1.0, None])
 def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     """Same noise, the pipeline's own scheduler, guidance off and on; Flux is told its scale."""
+    same_as_stock(family, scale or GUIDED.get(family[0], 2.5))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana", "flux-schnell"], indirect=True)
+def test_a_negative_prompt_is_the_stock_pipelines(family):
+    same_as_stock(family, GUIDED.get(family[0], 2.5), "a dog")
+
+
+def test_latents_of_their_own_mean_and_spread_are_those_of_sdxls_pipeline(folders, cache, tmp_path):
+    """Playground v2.5's; our encoder is the inverse."""
+    shutil.copytree(folders("sdxl"), tmp_path / "sdxl")
+    settings = tmp_path / "sdxl/vae/config.json"
+    own = {"latents_mean": [-1.6, 1.1, 3.3, -3.2], "latents_std": [8.4, 5.9, 9.4, 10.1]}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+    teacher = load_teacher(str(tmp_path / "sdxl"))
+    same_as_stock(("sdxl", tmp_path / "sdxl", teacher), 1.0)
+    decoder = Decoder(teacher)
+    pictures = torch.rand(1, 3, teacher.picture_size, teacher.picture_size) * 2 - 1
+    samples, vae = decoder.encode(pictures, torch.device("cpu")), decoder._loaded()
+    spread, mean = (torch.tensor(own[key]).view(1, -1, 1, 1) for key in ("latents_std", "latents_mean"))
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mode()
+    torch.testing.assert_close(samples / vae.config["scaling_factor"] * spread + mean, latents, atol=1e-4, rtol=1e-4)
+
+
+def same_as_stock(family: tuple[str, Path, Teacher], scale: float, negative: str | None = None) -> None:
     name, folder, teacher = family
-    scale = scale or GUIDED.get(name, 2.5)
-    data = data_free(teacher, asked(teacher, guidance_scale=scale), torch.device("cpu"))
-    denoiser = teacher.guided(asked(teacher, guidance_scale=scale), data.null)
+    wanted = asked(teacher, guidance_scale=scale, negative_prompt=negative)
+    data = data_free(teacher, wanted, torch.device("cpu"))
+    denoiser = teacher.guided(wanted, data.null)
     kind = pipeline_class(teacher.index)
     pipeline: Any = kind.from_pretrained(folder, **empty_parts(teacher.index))
     pipeline.set_progress_bar_config(disable=True)
@@ -132,6 +172,8 @@ def test_the_teacher_in_our_sampler_is_the_stock_pipeline(family, scale):
     said = call(name, teacher, 1) | {"guidance_scale": scale}
     if name == "flux-schnell" and scale > 1:
         said = call(name, teacher, 1) | {"true_cfg_scale": scale, "negative_prompt": ""}
+    if negative is not None:
+        said["negative_prompt"] = negative
     torch.manual_seed(5)
     made = pipeline(num_inference_steps=4, output_type="np", **said).images
     torch.manual_seed(5)
@@ -207,6 +249,8 @@ def test_exported_student_is_its_sampler(family, steps, renoising, tmp_path):
         host=host,
     )
     assert (tmp_path / "student" / DESCRIPTION).is_file()
+    settings = json.loads((tmp_path / "student/scheduler/scheduler_config.json").read_text())
+    assert settings.get("steps_offset", 1) == 1  # Stable Diffusion's pipeline changes all else as it loads
     for path in folder.rglob("*"):
         part = path.relative_to(folder)
         if path.is_file() and part.parts[0] not in ("scheduler", teacher.family.component, "model_index.json"):
@@ -412,6 +456,10 @@ def test_the_students_of_tscds_stages_are_published_as_adapters(name, folders, c
     distill(recipe(name, folders(name), "tscd", tmp_path / "run", lora=lora, optimizer={"lr": 1e-2}))
     kept = list((tmp_path / "run/snapshots").iterdir())
     assert [path.name for path in kept] == ["segments_2"]
+    scheduler: Any = DDIMScheduler.from_pretrained(kept[0] / "scheduler")
+    scheduler.set_timesteps(2)
+    told = json.loads((kept[0] / DESCRIPTION).read_text())["sampler"]["times"]
+    assert scheduler.timesteps.tolist() == [round(time * 999) for time in told]
     pipeline: Any = DiffusionPipeline.from_pretrained(folders(name))
     if name == "sdxl":
         pipeline.load_lora_weights(kept[0])

@@ -1,7 +1,7 @@
 """Memory and speed settings: they do what they say and change no value."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 from families import BUILD, build
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.__main__ import main
 from stepdistill.backbones import FAMILIES, unet2d
@@ -177,6 +177,40 @@ def test_checkpointing_keeps_less_of_every_family_and_changes_no_value(name):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dit", "sd"])
+def test_checkpointing_keeps_a_second_time_also_where_every_block_embeds_it(name):
+    """BOOT's and FreeFlow's students; of copies too, and of the numbers of the call in progress."""
+    torch.manual_seed(0)
+    pipeline = BUILD[name]()
+    family = next(family for family in FAMILIES if type(pipeline).__name__ in family.pipelines)
+    plain = Conditioned(pipeline.components[family.component])
+    with torch.no_grad():
+        for weight in plain.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    light = copy.deepcopy(plain)
+    tune(light, Training(gradient_checkpointing=True))
+    light = copy.deepcopy(light)
+    cond = told(family, plain.network) | ({"class_labels": torch.tensor([1, 2])} if name == "dit" else {})
+    x, label, target = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([100.0, 900.0])
+
+    def call(network, shift=0.0):
+        return family.call(network, x, label, {**cond, "target_label": target + shift})
+
+    (one, much), (two, little) = (kept(lambda net=net: call(net)) for net in (plain, light))
+    assert little < 0.8 * much
+    torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5)
+    call(light, -50.0).sum()  # another call before the way back of this one
+    one.square().sum().backward()
+    two.square().sum().backward()
+    for mine, theirs in zip(light.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+    grads = {key: weight.grad for key, weight in light.named_parameters()}
+    assert cast(Tensor, grads["embeddings.target_label.linear_2.weight"]).any()
+    torch.testing.assert_close(
+        family.call(light.folded(900.0), x, label, cond)[1], two[1].detach(), atol=1e-5, rtol=1e-4
+    )
+
+
 def test_convolutions_are_in_channels_last_order_also_behind_a_second_time():
     network = Conditioned(tiny_unet())
     tune(network, Training(channels_last=True, gradient_checkpointing=True))
@@ -192,6 +226,18 @@ def test_an_optimizer_is_found_by_its_dotted_name_and_given_what_it_knows():
     assert (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.1, 0.5)
     adam = optimizer_of(Optimizer(name="torch.optim.NAdam", betas=(0.3, 0.4), eps=1e-4), network)
     assert (adam.defaults["betas"], adam.defaults["eps"]) == ((0.3, 0.4), 1e-4)
+
+
+def test_an_eight_bit_optimizer_learns_with_moments_of_a_byte_each():
+    pytest.importorskip("bitsandbytes")
+    network = nn.Linear(128, 64)
+    before, adam = network.weight.detach().clone(), Optimizer(name="bitsandbytes.optim.AdamW8bit", lr=1e-2)
+    optimizer = optimizer_of(adam, network)
+    network(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    state = optimizer.state[network.weight]
+    assert {state["state1"].dtype, state["state2"].dtype} == {torch.uint8}
+    torch.testing.assert_close(network.weight.detach(), before - 1e-2, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

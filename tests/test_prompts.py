@@ -1,6 +1,8 @@
 """Prompts: files, lists, the encoded copy on disk, and what is refused."""
 
+import gc
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -14,14 +16,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from families import build
+from huggingface_hub.errors import GatedRepoError
 from safetensors.torch import load_file
 
-from stepdistill import prompts
+from stepdistill import prompts, sources
 from stepdistill.__main__ import main
 from stepdistill.config import Column, Config, Data
 from stepdistill.data import data_free
 from stepdistill.decoder import Decoder
-from stepdistill.distill import distill
+from stepdistill.distill import Run, distill
 from stepdistill.errors import UserError
 from stepdistill.prompts import encode, read_prompts
 from stepdistill.streaming import write_rows
@@ -203,8 +206,104 @@ def test_what_settings_alone_show_is_refused_before_any_weights_are_read(changes
     }
     with pytest.raises(UserError, match=message):
         distill(Config.model_validate({**settings, **changes}))
-    with pytest.raises(UserError, match="cannot read the weights"):
+    with pytest.raises(UserError, match="has no weights in text_encoder/"):
         distill(Config.model_validate(settings))
+
+
+def _indexed(folder, tmp_path, **values):
+    """A teacher whose index says otherwise."""
+    shutil.copytree(folder, tmp_path / "teacher")
+    index = tmp_path / "teacher/model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **values}))
+    return tmp_path / "teacher"
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("hub", r"teacher 'me/nothing' is no folder here, and the hub did not give it: .*(offline|connection|network)"),
+        ("gated", r"it is gated; accept its terms at https://huggingface\.co/me/nothing"),
+        ("pipeline", r"pipeline AuraFlowPipeline .* not supported yet; supported are .*StableDiffusionXLPipeline"),
+        ("code", r"has parts by code of its own \(evil\), which is not run"),
+        ("empty", r"prompts\.txt holds no prompt; write one a line"),
+        ("latin", r"prompts\.txt: line 2 is not UTF-8 .*save the file as UTF-8"),
+        ("absent", r"there is no file 'nowhere\.txt'; give a text file"),
+        ("lora", r"to_nothing matches no layer; the network has .*to_q"),
+        ("labels", r"reads prompts, not class labels; set data\.prompts"),
+    ],
+)
+def test_what_cannot_work_is_one_line_of_the_command(case, said, folder, tmp_path, monkeypatch, capsys):
+    file, words, place = tmp_path / "prompts.txt", [], folder
+    file.write_bytes({"empty": b"\n", "latin": b"a cat\n\xe9\n"}.get(case, b"a cat\n"))
+    match case:
+        case "hub" | "gated":
+            place = "me/nothing"
+        case "pipeline":
+            place = _indexed(folder, tmp_path, _class_name="AuraFlowPipeline")
+        case "code":
+            place = _indexed(folder, tmp_path, scheduler=["evil", "EvilScheduler"])
+        case "absent":
+            file = "nowhere.txt"
+        case "lora":
+            words = ["training.lora.student={targets: [to_nothing]}"]
+        case "labels":
+            words = ["data.class_labels=uniform"]
+    if case == "gated":
+
+        def refuse(*_: object) -> None:
+            raise GatedRepoError.__new__(GatedRepoError)  # its constructor wants a response of the hub's client
+
+        monkeypatch.setattr(sources, "hf_hub_download", refuse)
+    out = tmp_path / "run"
+    words += [f"teacher={place}", f"data.prompts={file}", f"output_dir={out}", "training.trackers=[]"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--config", "sd15_sid", *words])
+    assert stopped.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(said, line)
+    assert not out.exists()
+
+
+def test_text_encoders_are_gone_and_no_vae_was_read_when_training_begins(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(Decoder, "_loaded", lambda self: pytest.fail("the VAE was read"))
+    load, encoders = prompts._text_part, []
+
+    def watched(*told):
+        pipeline = load(*told)
+        encoders.append(weakref.ref(pipeline.text_encoder))
+        return pipeline
+
+    monkeypatch.setattr(prompts, "_text_part", watched)
+    training = {"batch_size": 1, "trackers": []}
+    method = {"name": "sid", "input": "unit", "init_ratio": 5.0}
+    values = {"teacher": str(folder), "output_dir": str(tmp_path / "run"), "steps": 1, "method": method}
+    run = Run(Config.model_validate({**values, "training": training, "data": {"prompts": ["a cat"]}}))
+    gc.collect()
+    assert [encoder() for encoder in encoders] == [None]
+    run.trainer.step()
+
+
+def test_a_run_is_not_resumed_with_other_prompts(teacher, folder, tmp_path):
+    """Of one file, whose name is all that the recipe says."""
+
+    def run() -> Run:
+        values = {"teacher": str(folder), "output_dir": str(tmp_path / "run"), "steps": 2}
+        values["method"] = {"name": "sid", "input": "unit", "init_ratio": 5.0}
+        training = {"batch_size": 1, "trackers": []}
+        return Run(Config.model_validate({**values, "training": training, "data": {"prompts": file}}))
+
+    file = written(tmp_path, b"a cat\na dog\n")
+    first = run()
+    first.begin()
+    first.trainer.step()
+    first._checkpoint()
+    run().resume()
+    written(tmp_path, b"a cat\na dog\na cat\n")
+    with pytest.raises(UserError, match=r"another run: prompts was '2 of SHA-256 \w{16}', is '3 of SHA-256 \w{16}'"):
+        run().resume()
+    run().resume(processes=False)  # an export asks for none
 
 
 def test_resolution_must_fit_the_vae(folder):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from stepdistill import push as pushing
 from stepdistill.__main__ import main
 from stepdistill.report import PLACE
+from stepdistill.student import recipe
 
 SMALL = ["training.batch_size=4", "training.preview_samples=4", "training.trackers=[]", "evaluate=null", "steps=2"]
 
@@ -54,6 +55,8 @@ def test_a_push_sends_every_file_once_and_the_card_names_the_repository(finished
     card = hub.files["README.md"].decode()
     assert 'from_pretrained("me/digits")' in card
     assert PLACE not in card
+    assert str(finished.parent) not in card  # output_dir, and the teacher, have their names alone
+    assert f"teacher: {recipe(student / 'README.md')['teacher'].rsplit('/')[-1]}\n" in card
     assert hub.files["model_index.json"] == (student / "model_index.json").read_bytes()
     assert PLACE in (student / "README.md").read_text()
     assert "uploaded to https://huggingface.co/me/digits" in capsys.readouterr().out

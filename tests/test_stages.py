@@ -197,6 +197,29 @@ def test_a_run_is_described_in_one_way(settings, message, teachers, tmp_path, ca
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mixed_precision", "bf16"),
+        ("guidance_in_two_passes", True),
+        ("trackers", ["wandb"]),
+        ("preview_samples", 5),
+        ("teacher_dtype", "bfloat16"),
+    ],
+)
+def test_a_stage_has_no_say_in_what_all_share_and_need_not_repeat_it(key, value, teachers, tmp_path, capsys):
+    second = {"method": DMD, "steps": 2, "training": {"batch_size": 3, key: value}}
+    config = recipe(tmp_path, teachers(), stages=[{"method": SID, "steps": 2}, second])
+    assert run(config=config) == 2
+    assert f"stage 2: training.{key} is " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    del second["training"][key]
+    written = {"teacher": "x", "output_dir": "y", "training": {key: value}, "stages": [second]}
+    for values in (written, Config.model_validate(written).dump()):
+        [stage] = Config.model_validate(values).plan
+        assert (stage.training.batch_size, stage.training.model_dump(mode="json")[key]) == (3, value)
+
+
+@pytest.mark.parametrize(
     ("method", "least"),
     [
         ({"name": "disback", "method": DMD, "record_steps": 4, "points": 2, "switch_every": 3}, 8),

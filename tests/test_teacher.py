@@ -1,6 +1,7 @@
 """Teachers: what loads, how it is read, and how the rest is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -9,11 +10,14 @@ from conftest import tiny_unet
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from families import build
 from huggingface_hub.errors import GatedRepoError
+from safetensors.torch import save_file
 
 from stepdistill import sources
+from stepdistill.__main__ import main
 from stepdistill.config import Data
-from stepdistill.data import data_free
+from stepdistill.data import data_free, repeated
 from stepdistill.errors import UserError
+from stepdistill.parts import check_files, check_whole
 from stepdistill.process import VE, VP, Flow
 from stepdistill.samplers import SampleNoise, sample_ode
 from stepdistill.teacher import load_teacher
@@ -97,7 +101,7 @@ def test_bad_teachers_are_refused_with_what_is_supported(teachers, tmp_path):
     lacking = tmp_path / "g"
     shutil.copytree(good, lacking)
     (lacking / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"cut")
-    with pytest.raises(UserError, match="cannot read the weights"):
+    with pytest.raises(UserError, match=r"unet/diffusion_pytorch_model.safetensors is damaged \(.*copy or download"):
         load_teacher(str(lacking))
     shutil.rmtree(lacking / "scheduler")
     with pytest.raises(UserError, match=r"cannot read scheduler/scheduler_config\.json"):
@@ -128,6 +132,23 @@ def test_labels_are_drawn_as_asked(teachers):
     weighted = data_free(teacher, Data(class_labels=(2, 2, 2, 0)), device)
     share = (weighted.batch(2000).cond["class_labels"] == 2).float().mean().item()
     assert share == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 2000) ** 0.5)
+
+
+def test_labels_follow_the_law_that_weighs_them(teachers):
+    teacher = load_teacher(str(teachers("consistency")))
+    law = Data.model_validate({"class_labels": {"0": 1, 2: 3, 3: 5}, "null_label": 3})
+    assert Data.model_validate(law.model_dump(mode="json")) == law
+    told = data_free(teacher, law, torch.device("cpu"))
+    assert told.table["class_labels"].tolist() == [2, 0, 2, 2]
+    share = (told.batch(2000).cond["class_labels"] == 2).float().mean().item()
+    assert share == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 2000) ** 0.5)
+    labels = repeated({0: 0.5, 7: 0.25, 9: 0.25})
+    assert len(labels) == 10_000
+    assert [labels[:1000].count(label) for label in (0, 7, 9)] == [500, 250, 250]
+    with pytest.raises(UserError, match=r"must lie in 0\.\.3, got \[1, 4\]"):
+        data_free(teacher, Data(class_labels={1: 1.0, 4: 1.0}), torch.device("cpu"))
+    with pytest.raises(ValueError, match="greater than 0"):
+        Data.model_validate({"class_labels": {1: 0}})
 
 
 def test_labels_that_do_not_fit_are_refused(teachers):
@@ -170,6 +191,77 @@ def test_a_component_that_the_folder_lacks_is_named_before_anything_is_trained(t
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(UserError, match="names text_encoder, which the folder lacks; complete it, or write"):
         load_teacher(str(folder))
+
+
+def _renamed(folder, part, suffix):
+    """The weights of a part under another kind of name."""
+    for file in (folder / part).glob("*.safetensors"):
+        file.rename(file.with_suffix(suffix))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("vae", None, "has no vae in its model_index.json, which StableDiffusionPipeline needs"),
+        ("text_encoder", None, "has no text_encoder in its model_index.json"),
+        ("scheduler", None, "has no scheduler in its model_index.json"),
+        ("vae", "", r"has no weights in vae/"),
+        ("text_encoder", ".bin", r"has its text_encoder as pickles alone.*from_pretrained\(\".*\"\)\.save_pretrained"),
+        ("unet", ".fp16.safetensors", r"has its unet as the variant fp16 alone.*variant=\"fp16\""),
+    ],
+)
+def test_a_part_that_cannot_be_used_is_named_in_one_line_before_anything_is_trained(
+    part, change, said, tmp_path, capsys
+):
+    folder = build("sd", tmp_path / "sd")
+    if change is None:
+        index = json.loads((folder / "model_index.json").read_text())
+        index[part] = [None, None]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    elif change:
+        _renamed(folder, part, change)
+    else:
+        (folder / part / "diffusion_pytorch_model.safetensors").unlink()
+    words = [f"teacher={folder}", f"output_dir={tmp_path / 'run'}", "data.prompts=[a cat]", "training.trackers=[]"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["distill", "--config", "sd15_sid", *words])
+    [line] = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert re.search(said, line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_shard_is_named_and_files_of_the_hub_are_judged_by_name(tmp_path):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing, of 2 shards"):
+        check_whole(tmp_path, "me/model")
+    check_files(["unet"], ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/x.bin"], "me/model")
+    check_files(["unet", "scheduler"], ["diffusion_pytorch_model.safetensors"], "me/ddpm")  # of one folder
+    with pytest.raises(UserError, match="the variant fp16 alone"):
+        check_files(["unet"], ["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"], "me/model")
+
+
+def test_weights_of_the_hub_that_are_not_read_are_refused_before_they_are_downloaded(tmp_path, monkeypatch):
+    folder = build("sd", tmp_path / "sd")
+    index, _ = sources.read_index(folder / "model_index.json", "me/model")
+    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.*")]
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: pytest.fail("something was downloaded"))
+    listed = [name.replace(".safetensors", ".bin") if name.startswith("vae") else name for name in files]
+    monkeypatch.setattr(sources, "list_repo_files", lambda _: listed)
+    with pytest.raises(UserError, match="me/model has its vae as pickles alone"):
+        sources.whole("me/model", folder, index)
+
+    def no_network(_: str) -> list[str]:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(sources, "list_repo_files", no_network)
+    monkeypatch.setattr(sources, "snapshot_download", lambda *_, **__: str(folder))
+    assert sources.whole("me/model", folder, index) == folder  # a copy that is here
+    next((folder / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="me/model has no weights in vae/"):
+        sources.whole("me/model", folder, index)
 
 
 def test_a_gated_model_is_said_to_be_gated(monkeypatch):

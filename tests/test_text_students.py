@@ -17,7 +17,7 @@ from stepdistill.distill import Run, distill
 from stepdistill.evaluation import Measurement
 from stepdistill.metrics.base import Value
 from stepdistill.recipe import parse
-from stepdistill.report import card, table
+from stepdistill.report import card, licence, table
 
 ADAPTER = "{rank: 2, alpha: 2, targets: [to_q, to_k, to_v]}"
 GUIDED = ["data.guidance_scale=3.0", "data.negative_prompt=a thin handwritten one"]
@@ -101,17 +101,27 @@ def test_the_card_names_the_teacher_on_the_hub_and_what_the_student_is_to_it(ada
         Measurement(label, calls, {"fid": Value(fd, 0.1, 600)}, 10.0 * calls, prompt_accuracy=share)
         for label, calls, fd, share in (("teacher, 50 steps", 50, 2.25, 0.91), ("student", 1, 1.75, 0.87))
     ]
-    for teacher, named in (("someone/a-pipeline", "someone/a-pipeline"), ("builtin:digits_text", None)):
+    here = tmp_path / "teacher"
+    here.mkdir()
+    (here / "README.md").write_text("---\nlicense: other\nlicense_name: strict\nextra: [1]\n---\n# A teacher\n")
+    assert licence(tmp_path) == {}
+    sources = {"someone/a-pipeline": "someone/a-pipeline", "builtin:digits_text": None, str(here): None}
+    for teacher, named in sources.items():
         config = short("digits_text_sid", tmp_path / "run", f"teacher={teacher}")
         use = 'pipe = "PATH_OR_REPO"'
-        made = card(config, table(rows, protocol), use=use, steps=1, picture_name=None, adapters=adapters)
+        told = {"pipeline": "StableDiffusionPipeline", "terms": licence(Path(teacher)), "adapters": adapters}
+        made = card(config, table(rows, protocol), use=use, steps=1, picture_name=None, **told)
         path = tmp_path / "README.md"
         made.save(path)
         data = ModelCard.load(path).data.to_dict()
         assert data.get("base_model") == named
         assert data.get("base_model_relation") == (named and relation)
         assert data["pipeline_tag"] == "text-to-image"
-        assert {"stepdistill", "stepdistill-sid", "one-step"} <= set(data["tags"])
+        assert {"diffusers", "stable-diffusion", "stepdistill", "stepdistill-sid", "one-step"} <= set(data["tags"])
+        assert ("lora" in data["tags"]) == adapters
+        terms = {key: value for key, value in data.items() if key.startswith("license")}
+        assert terms == ({"license": "other", "license_name": "strict"} if teacher == str(here) else {})
+        assert f"# 1-step student of {Path(teacher).name if teacher == str(here) else teacher}\n" in path.read_text()
         _, numbers = path.read_text().split("## Numbers")
         for row in rows:
             (line,) = (line for line in numbers.splitlines() if line.startswith(row.label))

@@ -357,16 +357,16 @@ def test_stages_follow_one_another_and_their_students_are_kept():
     method, kept = TSCD(stage_steps=(3, 2, 4)), []
 
     class Names(Remembered):
-        def publish(self, name, net):
-            kept.append((step, name))
+        def publish(self, name, net, sampler):
+            kept.append((step, name, len(sampler.times)))
 
-    nets, counts = {"student": LINE.denoiser(Flow())}, []
+    nets, counts = {role: LINE.denoiser(Flow()) for role in ("student", "teacher")}, []
     for step in range(11):
         method.prepare(step, nets, Names())
         (turn,) = method.turns(step)
         counts.append(cast(partial, turn.loss).keywords["segments"])
     assert counts == [8] * 3 + [4] * 2 + [2] * 4 + [1] * 2
-    assert kept == [(3, "segments_8"), (5, "segments_4"), (9, "segments_2")]
+    assert kept == [(3, "segments_8", 8), (5, "segments_4", 4), (9, "segments_2", 2)]
 
 
 @pytest.mark.parametrize("steps", [40, 16])

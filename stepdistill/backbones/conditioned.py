@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _NAMES = ("time_embedding", "timestep_embedder")
 """What diffusers' networks call the embedding of the time; a DiT has one in every block."""
@@ -58,14 +61,32 @@ class Conditioned(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """What ``network`` says, told also ``target_label (B,)``, ``guidance_scale (B,)`` or both."""
-        shift = self._shift({name: kwargs.pop(name) for name in self.embeddings})
+        with self._shifted(self._shift({name: kwargs.pop(name) for name in self.embeddings})):
+            return self.network(*args, **kwargs)
+
+    @contextmanager
+    def _shifted(self, shift: Tensor | None) -> Iterator[None]:
+        before = self._parts[0].shift
         for part in self._parts:
             part.shift = shift
         try:
-            return self.network(*args, **kwargs)
+            yield
         finally:
             for part in self._parts:
-                part.shift = None
+                part.shift = before
+
+    def checkpointed(self, block: Callable[..., Any], *args: Any) -> Any:  # noqa: ANN401
+        """What ``block`` of ``network`` says, computed again on the way back, told what it is told now.
+
+        A transformer that embeds its time in every block would otherwise be told nothing by then.
+        """
+        shift = self._parts[0].shift
+
+        def again(*args: Any) -> Any:  # noqa: ANN401
+            with self._shifted(shift):
+                return block(*args)
+
+        return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
 
     def _shift(self, told: dict[str, Tensor]) -> Tensor:
         """The sum of the embeddings of ``told``, ``(B, D)``."""

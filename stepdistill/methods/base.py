@@ -56,8 +56,14 @@ class Snapshots(Protocol):
     def keep(self, name: str, net: Denoiser) -> None:
         """Remember the weights of ``net`` as ``name``."""
 
-    def publish(self, name: str, net: Denoiser) -> None:
-        """Keep ``net`` as ``name`` for people, as adapters where it is made of them; it is never put back."""
+    def publish(self, name: str, net: Denoiser, sampler: StudentSampler) -> None:
+        """Keep ``net`` as ``name`` for people, as adapters where it is made of them; it is never put back.
+
+        Args:
+            name: of a file or folder.
+            net: a student on the way.
+            sampler: how it generates.
+        """
 
     def put(self, name: str, net: Denoiser) -> None:
         """Give ``net`` the weights kept as ``name``; nothing happens where it has them already."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import ClassVar, Literal
@@ -115,7 +115,9 @@ class TSCD(Method):
     def prepare(self, step: int, nets: Nets, snapshots: Snapshots) -> None:
         """Publish the student of every stage that ends here; the last one is what the run exports."""
         if step and self.stage(step) != self.stage(step - 1):
-            snapshots.publish(f"segments_{self.segments[self.stage(step) - 1]}", nets["student"])
+            ended = self.segments[self.stage(step) - 1]
+            sampler = replace(self, segments=(ended,), stage_steps=()).sampler(nets["teacher"].process)
+            snapshots.publish(f"segments_{ended}", nets["student"], sampler)
 
     def turns(self, step: int) -> Iterator[Turn]:
         segments = self.segments[self.stage(step)]
