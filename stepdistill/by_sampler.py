@@ -45,7 +45,7 @@ def _traced(
         seen = trace_x0(said if asked.trace else deque(said, maxlen=1))
         return torch.stack([decode(each) for each in seen.unbind(1)], dim=1)
 
-    return Traced(traces, data.told, networks)
+    return Traced(traces, data.told, data.conditions, networks)
 
 
 def student_alone(asked: Sampling, device: torch.device) -> Traced:

@@ -61,6 +61,13 @@ class DataFree:
         return "prompts" if self.prompts else "classes" if self.table else "none"
 
     @property
+    def conditions(self) -> list[str] | list[int]:
+        """The prompts or class labels that ``rows`` takes samples' from, in their order."""
+        if self.prompts:
+            return [self.prompts[row] for row in self._ordered(torch.arange(self.count)).tolist()]
+        return self.table["class_labels"].tolist() if self.table else []
+
+    @property
     def count(self) -> int:
         """Conditions to draw from, repeats counted."""
         return len(next(iter(self.table.values()))) if self.order is None else len(self.order)

@@ -50,6 +50,7 @@ class Evaluator:
         samples: of a generator; some measurements may have fewer.
         batch_size: samples at a time.
         prompts: what is asked of each sample, where something is.
+        inputs: checksums of what samples are told, see ``labels.inputs``.
         device: where features are computed.
 
     Raises:
@@ -65,12 +66,13 @@ class Evaluator:
         samples: int = 5000,
         batch_size: int = 250,
         prompts: tuple[str, ...] | None = None,
+        inputs: dict[str, str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         options = Options(preset=preset, metrics=metrics, batch_size=batch_size, prompts=prompts)
         changes = {"labels": "prompts" if prompts else "balanced", "samples": samples, "repeats": 1}
         self.run = Run(options, reference, changes, torch.device(device))
-        self.protocol = self.run.protocol
+        self.protocol, self.run.inputs = self.run.protocol, inputs or {}
         self.run.references(self.run.networks(len(prompts) if prompts else samples))
 
     def score(self, images: Tensor) -> dict[str, Value]:

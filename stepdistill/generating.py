@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .images import to_picture, to_uint8
-from .labels import followed
+from .labels import followed, inputs
 from .metrics.base import Value
 from .metrics.collecting import Stream
 from .metrics.precision import tf32
@@ -80,6 +80,7 @@ def _traced(asked: Sampling, run: Run) -> tuple[Sampling, Traced]:
     asked = replace(asked, law=law, period=run.protocol.samples)
     traced = tracing(asked)
     run.change({"labels": followed(traced.told, law)})
+    run.inputs = inputs(traced.told, traced.conditions, run.protocol.samples)
     return asked, traced
 
 

@@ -25,6 +25,7 @@ from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
 from .export import Host, empty_parts, export
 from .hosting import Plan
+from .labels import inputs
 from .metrics.ranks import rank_and_world
 from .own_code import code_of
 from .plain_student import plain_usage
@@ -65,6 +66,7 @@ class Outcome:
             samples=evaluate.samples,
             batch_size=evaluate.batch_size,
             prompts=self._asked(max(evaluate.samples, evaluate.curve_samples)),
+            inputs=inputs(self.data.told, self.data.conditions, evaluate.samples),
             device=self.data.device,
         )
 

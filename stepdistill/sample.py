@@ -137,7 +137,7 @@ def _student(asked: Sampling, device: torch.device) -> Traced:
         ).images
         return torch.from_numpy(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
-    return Traced(images, data.told, (pipeline.unet,))
+    return Traced(images, data.told, data.conditions, (pipeline.unet,))
 
 
 def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
@@ -157,4 +157,4 @@ def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
             made.append(torch.from_numpy(pipeline(**told).images))
         return torch.cat(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
-    return Traced(images, "prompts" if family.encode else "classes", (network,))
+    return Traced(images, "prompts" if family.encode else "classes", every, (network,))

@@ -31,6 +31,8 @@ class Traced(NamedTuple):
 
     traces: Traces
     told: Told
+    conditions: Sequence[str] | Sequence[int]
+    """The prompts or class labels that the law of the samples takes from."""
     networks: tuple[nn.Module, ...]
     """What it calls."""
 

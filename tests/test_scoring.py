@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from processes import in_processes
 
-from stepdistill import agreement, scoring
+from stepdistill import agreement, labels, prompts, scoring
 from stepdistill.errors import UserError
 from stepdistill.fid import main
 from stepdistill.generating import gen, stored, summed_up
@@ -237,6 +237,39 @@ def test_runs_that_another_version_kept_are_refused_until_repeated(sources, tmp_
     for name in ("array.npz", "others.npz"):
         scored(capsys, "calc", sources / name, "builtin:digits", "--features", tmp_path / name)
     assert scored(capsys, *compare)["metrics"].keys() == {"fid"}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "flag", "first", "other"),
+    [
+        ("classes", "--labels", (0, 1), (0, 2)),
+        ("builtin:digits_text", "--prompts", "a white digit three\n", "a red digit four\n"),
+    ],
+)
+def test_images_of_other_labels_or_prompts_do_not_compare(
+    teachers, tmp_path, capsys, pipeline, flag, first, other, monkeypatch
+):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    source = str(teachers("consistency")) if pipeline == "classes" else pipeline
+    for name, told in (("one", first), ("same", first), ("two", other)):
+        if isinstance(told, str):
+            (tmp_path / f"{name}.txt").write_text(told)
+            told = (tmp_path / f"{name}.txt",)
+        kept = ("--num", 20, "--steps", 1, "--features", tmp_path / name)
+        record = scored(capsys, "gen", source, "builtin:digits", flag, *told, *kept)
+        assert record["inputs"].keys() == {flag.removeprefix("--")}
+    assert scored(capsys, "compare", tmp_path / "one", tmp_path / "same")["metrics"]["fid"]["value"] == 0
+    with pytest.raises(UserError, match=f"are images of different {flag.removeprefix('--')}"):
+        main(["compare", str(tmp_path / "one"), str(tmp_path / "two")])
+
+
+def test_prompts_of_images_are_told_whatever_is_measured_and_have_one_checksum(sources, tmp_path, capsys):
+    for name, lines in (("one", 300), ("other", 299)):
+        (tmp_path / f"{name}.txt").write_text("a digit\n" * lines)
+    told = ("calc", sources / "array.npz", "builtin:digits", "--prompts")
+    assert scored(capsys, *told, tmp_path / "one.txt")["inputs"] == labels.inputs("prompts", ["a digit"], 300)
+    with pytest.raises(UserError, match="299 prompts for 300 images"):
+        main([*map(str, told), str(tmp_path / "other.txt")])
 
 
 def test_two_runs_are_drawn_where_they_agree_best_and_worst(sources, tmp_path, capsys):
