@@ -135,7 +135,7 @@ def _declare_sample(commands: Any) -> None:  # noqa: ANN401
     )
     made.add_argument("source", help="student folder, or a teacher as in a recipe")
     made.add_argument("--out", type=Path, required=True, help="folder to create")
-    made.add_argument("--count", type=positive, default=64, help="number of samples (64)")
+    made.add_argument("--count", "--num", type=positive, default=64, help="number of samples (64)")
     made.add_argument(
         "--steps", type=positive, help="calls of a teacher (50); before a student, of its whole grid (the student's)"
     )

@@ -6,7 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,11 @@ class Run:
         self.extractors: dict[str, Extractor] = {}
         self._networks: dict[str, Network] = {}
         self._references: References | None = None
+
+    def begin(self, features: Path | None) -> None:
+        """Measure anew, against the same reference, and keep features in another folder."""
+        self.options, self.skipped = replace(self.options, features=features), []
+        self.seconds |= {"generation": 0.0, "features": 0.0, "distance": 0.0}
 
     def change(self, changes: dict[str, object]) -> None:
         """Let the protocol differ from its preset in these fields too."""
@@ -224,12 +229,7 @@ class Run:
         with full_precision(self.device):  # As the networks do.
             rounded = tf32(self.device)
         return {
-            "protocol": {
-                "name": self.protocol.name,
-                "digest": self.protocol.digest(),
-                "text": self.protocol.text(),
-                "fields": asdict(self.protocol),
-            },
+            "protocol": self.protocol.described(),
             "reference": self.reference,
             "reference_digest": None if self.reference is None else of_reference(self.reference),
             "precision": {"images": images, "features": {"dtype": dtypes, "tf32": rounded}},
@@ -265,6 +265,17 @@ class Run:
         return record
 
 
+def first(options: Options, source: Source, name: str) -> int:
+    """How many images of ``source``, which errors call ``name``, are asked for.
+
+    Raises:
+        UserError: more than there are.
+    """
+    if options.count is not None and options.count > len(source):
+        raise UserError(f"--count {options.count} is more than the {len(source)} images of {name}")
+    return len(source) if options.count is None else options.count
+
+
 def calc(images: str, reference: str | None, options: Options) -> dict[str, Any]:
     """Score ``images``, any source of ``open_source``, against images or statistics, where a metric compares.
 
@@ -272,9 +283,7 @@ def calc(images: str, reference: str | None, options: Options) -> dict[str, Any]
         UserError: an input that cannot be read or compared.
     """
     source = open_source(images)
-    count = len(source) if options.count is None else options.count
-    if count > len(source):
-        raise UserError(f"--num {count} is more than the {len(source)} images of {images}")
+    count = first(options, source, images)
     run = Run(options, reference, {"samples": count}, images=len(source))
     if options.prompts is not None:
         run.inputs = {"prompts": of_texts(run.read_prompts(count))}

@@ -303,7 +303,7 @@ def test_a_picture_of_agreement_has_the_nearest_pairs_first_and_the_farthest_bel
 def test_a_pipeline_is_scored_in_memory_as_its_saved_images_are(tmp_path, capsys):
     told = ("gen", "builtin:digits", "builtin:digits", "--steps", 2, "--num", 60, "--batch-size", 32)
     record = scored(capsys, *told, "--save-images", tmp_path / "images")
-    assert len(list((tmp_path / "images").iterdir())) == 60
+    assert len(list((tmp_path / "images").glob("*.png"))) == 60
     again = scored(capsys, "calc", tmp_path / "images", "builtin:digits")
     assert numbers(record)["fid"] == pytest.approx(numbers(again)["fid"], rel=1e-9)
     assert record["cost"]["images_per_second"] > 0
@@ -327,6 +327,40 @@ def test_a_finished_run_is_repeated_and_generates_nothing(tmp_path, capsys):
     assert again["seconds"]["generation"] == 0 < first["seconds"]["generation"]
     main([*map(str, told)])
     assert "2 network calls an image" in capsys.readouterr().out
+
+
+def test_a_continued_run_keeps_every_image_and_those_of_another_are_refused(tmp_path, capsys):
+    told = (*GEN, "--features", tmp_path / "kept")
+    scored(capsys, *told)
+    record = scored(capsys, *told, "--save-images", tmp_path / "images")
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "images").glob("*.png")}
+    assert (len(whole), record["cost"]["images_generated"]) == (20, 20)
+    again = scored(capsys, "calc", tmp_path / "images", "builtin:digits", "--preset", "digits")
+    assert numbers(again)["fid"] == pytest.approx(numbers(record)["fid"], rel=1e-9)
+    (tmp_path / "images" / "000007.png").unlink()
+    assert scored(capsys, *told, "--save-images", tmp_path / "images")["cost"]["images_generated"] == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "images").glob("*.png")} == whole
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "cat.png").touch()
+    for folder, steps in (("images", 3), ("foreign", 2)):
+        with pytest.raises(UserError, match=f"{folder} holds images of another run"):
+            main([*map(str, GEN[:-1]), str(steps), "--save-images", str(tmp_path / folder)])
+
+
+def test_several_numbers_of_steps_are_scored_and_drawn_at_once(tmp_path, capsys):
+    kept = ("--features", tmp_path / "kept", "--save-images", tmp_path / "images")
+    record = scored(capsys, *GEN, 1, *kept, "--plot", tmp_path / "steps.png")
+    two, one = record["runs"]
+    assert [run["cost"]["network_calls"] for run in (two, one)] == [2, 1]
+    assert numbers(two) == numbers(scored(capsys, *GEN))
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"steps_1", "steps_2"}
+    assert len(list((tmp_path / "images" / "steps_1").glob("*.png"))) == 20
+    assert scored(capsys, "compare", *(tmp_path / "kept" / f"steps_{n}" for n in (1, 2)))["metrics"]["fid"]["n"] == 20
+    with Image.open(tmp_path / "steps.png") as picture:
+        assert picture.size == (660, 440)
+    for wrong, said in ((["2"], "names a number twice"), (["1", "--plot", "nowhere/x.png"], "a folder that exists")):
+        with pytest.raises(UserError, match=said):
+            main([*map(str, GEN), *wrong])
 
 
 def test_a_process_without_a_shard_does_no_harm(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import yaml
 
 from .. import __version__
 from ..methods import AnyMethod
+from ..results import decimals, shown
 from .charts import swatch
 from .markup import Markup, element, join
 from .run_folder import Figure, Generator, RunFolder
@@ -160,22 +160,15 @@ def _balance(runs: Sequence[RunFolder]) -> Markup:
 def _figure(figure: Figure | None) -> list[str]:
     if figure is None:
         return [_NONE] * 3
-    debiased = _NONE if figure.debiased is None else f"{figure.debiased:.{_decimals(figure)}f}"
+    places = decimals(figure.value, figure.se)
+    debiased = _NONE if figure.debiased is None else f"{figure.debiased:z.{places}f}"
     return [_value(figure), debiased, _NONE if figure.n is None else f"{figure.n:,}"]
 
 
 def _value(figure: Figure) -> Markup:
     """To two digits of the error; what the file says in full is a tooltip."""
-    decimals, full = _decimals(figure), f"{figure.value!r}"
-    said = f"{figure.value:.{decimals}f}"
-    if figure.se is not None:
-        said, full = f"{said} ± {figure.se:.{decimals}f}", f"{full} ± {figure.se!r}"
-    return element("span", {"title": full}, said)
-
-
-def _decimals(figure: Figure) -> int:
-    size = figure.se or abs(figure.value) / 1000
-    return max(0, 1 - math.floor(math.log10(size))) if math.isfinite(size) and size > 0 else 3
+    full = f"{figure.value!r}" if figure.se is None else f"{figure.value!r} ± {figure.se!r}"
+    return element("span", {"title": full}, shown(figure.value, figure.se, sign="±"))
 
 
 def rounded(value: float) -> str:

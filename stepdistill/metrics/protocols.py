@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..errors import UserError
 from .resampling import check_steps
@@ -173,6 +174,10 @@ class Protocol:
     def digest(self) -> str:
         """First 12 hexadecimal digits of the sha256 of ``text()``; values compare between equal digests only."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:12]
+
+    def described(self) -> dict[str, Any]:
+        """Name, digest, text and fields, ready for JSON."""
+        return {"name": self.name, "digest": self.digest(), "text": self.text(), "fields": asdict(self)}
 
     def changed(self, overrides: Mapping[str, object]) -> Protocol:
         """This protocol with other values, which its name then tells: ``clean, samples=2000``.
