@@ -111,36 +111,45 @@ class Session:
 
 
 def _alone(traced: Traced) -> tuple[float, float]:
-    """Network calls of one sample, one of a guided network for each of its two inputs, and the median of its seconds.
-
-    The first of up to four is left out, as what is built for it; slow pipelines make fewer.
-    """
-    rows, seconds = [], []
+    """Network calls of one sample, one of a guided network for each of its two inputs, and its seconds."""
+    rows = []
 
     def count(network: nn.Module, inputs: tuple[object, ...], told: dict[str, object]) -> None:
         rows.append(next(len(x) for x in (*inputs, *told.values()) if isinstance(x, Tensor) and x.ndim > 1))
 
     hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in traced.networks]
-    while len(seconds) < 4 and sum(seconds) < 10:
-        began = time.perf_counter()
-        traced.traces([0])[:, -1].cpu()
-        seconds.append(time.perf_counter() - began)
+    traced.traces([0])
     for hook in hooks:
         hook.remove()
-    return sum(rows) / len(seconds), statistics.median(seconds[1:] or seconds)
+    return sum(rows), latency(traced.traces)
+
+
+def latency(traces: Traces) -> float:
+    """Seconds of one image alone: the median of up to three, after what is built for the first, within a second."""
+    seconds: list[float] = []
+    while len(seconds) < 4 and sum(seconds) < 1:
+        began = time.perf_counter()
+        traces([0])[:, -1].cpu()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:] or seconds)
 
 
 def _speed(made: Generated) -> dict[str, Any]:
     """Of the images that were made now, on all processes; none were where a run was complete."""
     parts = gathered((sum(count for count, _ in made.batches), made.seconds, made.peak_bytes))
     images, seconds = (sum(part[k] for part in parts) for k in range(2))
-    process = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
     return {
         "images_generated": images,
         "images_per_second": images / seconds if images else None,
         "generation_peak_bytes": max(part[2] for part in parts) or None,
-        "peak_bytes": max(process, made.process_peak_bytes),
+        "peak_bytes": peak_bytes(made),
     }
+
+
+def peak_bytes(made: Generated) -> int:
+    """Of this process: on the GPU, if any."""
+    process = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * _rss()
+    return max(process, made.process_peak_bytes)
 
 
 def _allocated() -> int:

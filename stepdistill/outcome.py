@@ -36,6 +36,8 @@ from .sources import is_local
 from .styles import digits_of
 from .teacher import Teacher
 
+EVALUATION = "evaluation.json"
+"""What was measured in the end, and by what."""
 _PICTURE = "student.png"
 _SHOWN = 64
 
@@ -82,7 +84,15 @@ class Outcome:
     def measured(self, student: Denoiser, sampler: StudentSampler) -> Measurement:
         """The student on the way."""
         assert self.config.evaluate is not None
-        return self._measure("student", student, sampler, self.config.evaluate.curve_samples)
+        found = self._measure("student", student, sampler, self.config.evaluate.curve_samples)
+        if not (self.folder / EVALUATION).is_file():
+            self._note([])  # What the values are measured by is known before the run ends.
+        return found
+
+    def _note(self, rows: Sequence[Measurement]) -> None:
+        if self.evaluator is not None and rank_and_world()[0] == 0:
+            told = {"rows": [asdict(row) for row in rows], **self.evaluator.run.setting()}
+            (self.folder / EVALUATION).write_text(json.dumps(told, indent=1) + "\n")
 
     def write(
         self, student: Denoiser, sampler: StudentSampler, hosted: Plan, folder: Path, rows: Sequence[Measurement] = ()
@@ -191,7 +201,9 @@ class Outcome:
                 made.append(how(denoiser, noise(), cond, renoise=noise))
         return self.decode(torch.cat(made))
 
-    def _measure(self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int) -> Measurement:
+    def _measure(
+        self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int, *, alone: bool = False
+    ) -> Measurement:
         assert self.evaluator is not None
         asked = self._asked(samples)
         return self.evaluator.measure(
@@ -200,6 +212,7 @@ class Outcome:
             lambda ids: self._generate(denoiser, ids, how),
             samples=samples,
             digits=digits_of(asked) if asked else None,
+            alone=alone,
         )
 
     def _asked(self, count: int) -> tuple[str, ...] | None:
@@ -216,13 +229,11 @@ class Outcome:
         total = sum(evaluate.teacher_steps) + len(sampler.times)
         with tqdm(total=total, desc="evaluate", mininterval=1, disable=not main) as bar:
             for steps in evaluate.teacher_steps:
-                rows.append(self._measure(f"teacher, {steps} steps", self.taught, steps, evaluate.samples))
+                rows.append(self._measure(f"teacher, {steps} steps", self.taught, steps, evaluate.samples, alone=True))
                 bar.update(steps)
-            rows.append(self._measure("student", student, sampler, evaluate.samples))
+            rows.append(self._measure("student", student, sampler, evaluate.samples, alone=True))
             bar.update(len(sampler.times))
-        if main:
-            told = {"rows": [asdict(row) for row in rows], **self.evaluator.run.setting()}
-            (self.folder / "evaluation.json").write_text(json.dumps(told, indent=1) + "\n")
+        self._note(rows)
         return rows
 
     def _picture(self, student: Denoiser, sampler: StudentSampler, metrics: Path) -> None:
