@@ -93,10 +93,16 @@ def _kept(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RUN).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no finished run with --features: {error}") from None
+    if not isinstance(record, dict):
+        raise _of_another_version(folder, f"it holds a {type(record).__name__}")
     lacking = [name for name in ("protocol", "reference", "reference_digest", "inputs", "images") if name not in record]
     if lacking:
         raise _of_another_version(folder, f"it lacks {', '.join(lacking)}")
-    return record
+    try:
+        protocol = {"digest": record["protocol"]["digest"], "fields": dict(record["protocol"]["fields"])}
+        return {**record, "protocol": protocol, "inputs": dict(record["inputs"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _of_another_version(folder, first_line(error)) from None
 
 
 def _protocol(folder: Path, told: dict[str, Any]) -> Protocol:

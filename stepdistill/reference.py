@@ -51,17 +51,8 @@ def ref(images: str, out: Path, options: Options) -> dict[str, Any]:
     if rank_and_world()[0] == 0:
         (kind, main), *others = found.items()
         write_statistics(out, main, kind=kind, others=dict(others), protocol=run.protocol)
-    told = {
-        kind: {"n": each.n, "dimension": len(each.mean), "extractor": each.extractor} for kind, each in found.items()
-    }
-    return {
-        "out": str(out),
-        "kinds": told,
-        "metrics": served,
-        "left_out": left,
-        "skipped": run.left_out(),
-        **run.setting(),
-    }
+    kept = {"metrics": served, "left_out": left, "skipped": run.left_out()}
+    return {"out": str(out), "kinds": {kind: each.brief() for kind, each in found.items()}, **kept, **run.setting()}
 
 
 def _kinds(protocol: Protocol) -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def _check(asked: Sampling, family: Family | None) -> None:
         raise UserError(f"--labels must not be negative, got {list(asked.labels)}")
     if family:
         _check_student(asked, family)
-    if asked.guidance_scale is not None and asked.guidance_scale < 0:
-        raise UserError(f"--guidance-scale must not be negative, got {asked.guidance_scale}")
+    if asked.guidance_scale is not None and not 0 <= asked.guidance_scale < math.inf:
+        raise UserError(f"--guidance-scale must not be negative, and finite, got {asked.guidance_scale}")
     if asked.teacher_first == 0 and asked.teacher is not None and not is_adapters(asked.source):
         raise UserError("--teacher is for --teacher-first only; give the number of its calls or remove it")
     if asked.teacher_first and family is None:

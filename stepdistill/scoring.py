@@ -19,7 +19,7 @@ from .metrics import collecting, score
 from .metrics.base import Extractor, Source, Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.collecting import Collected, Network, Stream, collect, reader
-from .metrics.extractors import Digits, load_extractor
+from .metrics.extractors import PACKAGES, Digits, load_extractor
 from .metrics.forms import Statistics
 from .metrics.precision import full_precision, tf32
 from .metrics.presets import protocol as preset
@@ -223,7 +223,9 @@ class Run:
 
     def setting(self) -> dict[str, Any]:
         """What measured, ready for JSON."""
-        packages = ("stepdistill", "torch", "numpy", "pillow")
+        names = [network.name for network in self._networks.values()]
+        built = dict.fromkeys(PACKAGES[start] for start in PACKAGES for name in names if name.startswith(start))
+        packages = ("stepdistill", "torch", "numpy", "pillow", *built)
         dtypes = " + ".join(sorted({network.dtype for network in self._networks.values()}))
         images = "float32" if self.protocol.quantisation == "none" else "uint8"
         with full_precision(self.device):  # As the networks do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,7 +201,8 @@ def test_values_of_other_samples_or_references_are_told_apart(tmp_path, other, e
 def test_references_that_changed_under_one_name_are_told_apart_by_a_checksum(tmp_path):
     runs = [judged(make_run(tmp_path / name, measured=MEASURED), digest=name) for name in "ab"]
     heads = re.findall(
-        r"fd-digits-v1 \(digits, samples=2000, against builtin:digits, \w{12}\) ± se", page_of(*runs).text
+        r"fd-digits-v1 \(digits, samples=2000, against builtin:digits, \w{12}\) ± se",
+        page_of(*runs, out=tmp_path / "x").text,
     )
     assert len(set(heads)) == 2
 
@@ -474,13 +477,20 @@ def test_numbers_are_written_for_people():
     assert [duration(s) for s in (12.34, 235.4, 10920)] == ["12.3 s", "3 min 55 s", "3 h 02 min"]
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLAYWRIGHT = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright")
+BROWSERS = [
+    *map(shutil.which, ("chromium", "chromium-browser", "google-chrome")),
+    *sorted(map(str, PLAYWRIGHT.glob("chromium*/chrome-*/*shell"))),
+    *sorted(map(str, PLAYWRIGHT.glob("chromium*/chrome-*/chrome"))),
+]
+BROWSER = next(filter(None, BROWSERS), None)
 MEASURE = """addEventListener('load', () => document.body.dataset.widths =
 [...document.querySelectorAll('iframe')].map(f => f.contentDocument.documentElement.scrollWidth).join(' '))"""
 
 
 @pytest.mark.skipif(
-    BROWSER is None, reason="needs chromium or google-chrome in PATH (on Debian or Ubuntu: apt-get install chromium)"
+    BROWSER is None and "REQUIRE_BROWSER" not in os.environ,
+    reason="needs chromium or google-chrome in PATH, or Playwright's (on Debian or Ubuntu: apt-get install chromium)",
 )
 def test_a_browser_shows_it_without_complaint_and_within_its_window(tmp_path):
     """At 400 and 1200 pixels, in frames, whose widths a browser does not round up as it does those of windows."""

@@ -76,7 +76,10 @@ class Reference:
         if moments.n is not None and moments.n < MIN_SAMPLES:
             raise UserError(f"at least {MIN_SAMPLES} reference images are needed, got {moments.n}")
         self.moments = moments
-        values, vectors = torch.linalg.eigh(moments.covariance)
+        try:
+            values, vectors = torch.linalg.eigh(moments.covariance)
+        except torch.linalg.LinAlgError:
+            raise UserError("sigma of the reference has no eigenvalues in float64, so it is not a covariance") from None
         if values[0] < -_ROUNDING * values[-1]:
             raise UserError(
                 f"sigma of the reference has eigenvalues from {values[0]:.3g} to {values[-1]:.3g}, so it is not a "

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from .resampling import check_steps
+from .spelled import COLOUR, LAWS, NETWORKS
 
 METRICS = ("fid", "kid", "kid-subsets", "fd-dinov2", "clip-fid", "cmmd", "prdc", "is", "clip", "diversity", "vendi")
 PARTS = {"prdc": ("precision", "recall", "density", "coverage")}
@@ -166,7 +167,11 @@ class Protocol:
                 lines += [f"note: {note}" for note in value]
             else:
                 lines.append(f"{key}: {_spelled(value)}")
+        lines.append(f"colour: {COLOUR}")
         lines += [f"{metric} sees: {self.sees(metric)}" for metric in self.metrics]
+        used = dict.fromkeys(self.network(metric)[0] for metric in self.metrics)
+        lines += [f"network {name}: {NETWORKS[name]}" for name in used]
+        lines += [f"{metric} is: {LAWS[metric]}" for metric in self.metrics]
         lines.append(f"pixels: {QUANTISATIONS[self.quantisation]}")
         lines.append(f"conditions: {LABELS[self.labels]}")
         return "\n".join(lines)

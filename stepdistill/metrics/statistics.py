@@ -131,7 +131,7 @@ def convert(source: str | Path, target: str | Path, *, kind: str | None = None, 
     chosen, content = form_of(target, form), content_of(source)
     try:
         kinds = kinds_in(content) if kind is None else [kind]
-    except (AttributeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source} holds statistics in a form that is not known: {first_line(error)}") from error
     found = {each: read_statistics(source, kind=each) for each in kinds}
     try:
@@ -175,6 +175,8 @@ def _check(statistics: Statistics, extractor: str | None, dimension: int | None)
         raise UserError(f"statistics of {size} features, expected {dimension}; they are of another extractor")
     if None not in (extractor, statistics.extractor) and extractor != statistics.extractor:
         raise UserError(f"statistics of extractor {statistics.extractor}, expected {extractor}")
+    if statistics.n is not None and (not isinstance(statistics.n, int) or statistics.n < 1):
+        raise UserError(f"statistics of {statistics.n!r} images, expected a number of them")
     scale = covariance.abs().max()
     if (covariance - covariance.T).abs().max() > _ROUNDING * scale:
         raise UserError("sigma is not symmetric, so it is not a covariance")
