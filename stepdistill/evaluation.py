@@ -121,8 +121,14 @@ class Evaluator:
         found = self.run.collected(stream, samples, label)
         speeds = [count / seconds for part in gathered(made.batches) for count, seconds in part]
         classes = [digit for _, digit in sorted(pair for part in gathered(seen) for pair in part.items())]
-        cost = {"latency_seconds": latency(made.traces) if alone else None, "peak_bytes": peak_bytes(made)}
-        measured = Measurement(label, network_calls, self.run.values(found), statistics.median(speeds), **cost)
+        measured = Measurement(
+            label,
+            network_calls,
+            self.run.values(found),
+            statistics.median(speeds),
+            latency_seconds=latency(made.traces) if alone else None,
+            peak_bytes=peak_bytes(made),
+        )
         return self._with_digits(measured, torch.tensor(classes), found, digits) if classes else measured
 
     def _seen(self, batch: Batch) -> dict[int, int]:

@@ -145,10 +145,7 @@ def _student(asked: Sampling, device: torch.device) -> Traced:
 def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
     pipeline, student = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
-    network, calls = (
-        pipeline.components[family.component],
-        calls_of(asked.source, student, asked.steps, pipeline.scheduler),
-    )
+    network, calls = pipeline.components[family.component], _calls(asked, student, pipeline)
     every: Sequence[Any] = read_prompts(asked_prompts(asked)) if family.encode else asked_labels(asked) or range(1000)
     shape = family.shape(network.config)
     which = turns("prompts" if family.encode else asked.law, shape, asked.period)
