@@ -21,6 +21,7 @@ from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.collecting import Collected, Network, Stream, collect, reader
 from .metrics.extractors import PACKAGES, Digits, load_extractor
 from .metrics.forms import Statistics
+from .metrics.lock import held
 from .metrics.precision import full_precision, tf32
 from .metrics.presets import protocol as preset
 from .metrics.protocols import CLASSIFIERS, FRECHET, PARTS, SINGLE
@@ -205,7 +206,8 @@ class Run:
         needed = self.networks(count)
         self.references(needed)
         began = time.perf_counter()
-        found = collect(stream, count, needed, device=self.device, store=self.store(made_by))
+        with held(self.options.features):
+            found = collect(stream, count, needed, device=self.device, store=self.store(made_by))
         self.seconds["features"] += time.perf_counter() - began
         return found
 

@@ -23,6 +23,7 @@ from stepdistill.images import load_digits, to_picture
 from stepdistill.metrics.base import Extractor, Features, Value
 from stepdistill.metrics.digits import DigitsExtractor
 from stepdistill.metrics.kid import kid_subsets
+from stepdistill.metrics.lock import held
 from stepdistill.metrics.presets import protocol
 from stepdistill.sample import tracing
 from stepdistill.sampling import Sampling
@@ -180,6 +181,25 @@ def test_a_run_that_keeps_its_features_continues_and_makes_none_twice(sources, t
     assert {file: file.stat().st_mtime_ns for file in shards} == shards
     with pytest.raises(UserError, match="name another folder"):
         main([*map(str, told[:-1]), "fid", "--features", str(tmp_path / "kept")])
+
+
+def test_what_a_killed_run_of_two_processes_left_is_continued_by_one_and_no_two_runs_share_a_folder(
+    sources, tmp_path, capsys
+):
+    told = ("calc", sources / "array.npz", "builtin:digits", "--features", tmp_path / "kept")
+    assert in_processes(2, lambda: main([*map(str, told)])) == [0, 0]
+    whole = numbers(json.loads((tmp_path / "kept" / "run.json").read_text()))
+    one, two = sorted((tmp_path / "kept" / "digits").glob("*.safetensors"))
+    assert [one.stem, two.stem] == ["000000000-000000150", "000000150-000000300"], "processes make as many each"
+    two.rename(two.with_name(f"{two.name}.tmp"))
+    (tmp_path / "kept" / "run.json").unlink()
+    before = one.stat().st_mtime_ns
+    with held(tmp_path / "kept"), pytest.raises(UserError, match="another run keeps its features"):
+        main([*map(str, told)])
+    capsys.readouterr()
+    assert numbers(scored(capsys, *told))["fid"] == pytest.approx(whole["fid"], rel=1e-9)
+    assert one.stat().st_mtime_ns == before
+    assert sorted(one.parent.glob("*")) == [one, two, one.parent / "manifest.json"]
 
 
 def test_two_runs_compare_on_their_common_ids_and_only_under_one_protocol(sources, tmp_path, capsys):
