@@ -57,7 +57,7 @@ class Generator:
     prompt_accuracy: float | None
     latency_seconds: float | None
     """Of one image alone."""
-    peak_bytes: int | None
+    peak_bytes: float | None
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from ..errors import UserError
 from .ranks import rank_and_world, together
-
-NAME = ".lock"
 
 
 @contextmanager
@@ -26,29 +24,29 @@ def held(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    files = together(lambda: [_locked(folder)] if rank_and_world()[0] == 0 else [])
+    opened = together(lambda: [_locked(folder)] if rank_and_world()[0] == 0 else [])
     try:
         yield
     finally:
-        for file in files:
-            file.close()
+        for descriptor in opened:
+            os.close(descriptor)
 
 
-def _locked(folder: Path) -> IO[str]:
-    """The open file that holds the lock."""
+def _locked(folder: Path) -> int:
+    """The open folder, which holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / NAME).open("w")
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
+        os.close(descriptor)
         raise UserError(
             f"another run keeps its features in {folder}, perhaps one whose launcher was killed; end its processes, "
             "or wait for them"
         ) from None
     except OSError:
         pass  # Some file systems of networks know no locks.
-    return file
+    return descriptor
