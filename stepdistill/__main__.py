@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import amount, count, positive, taken
-from .errors import Diverged, NotExported, UserError, plain_warnings
+from .errors import Diverged, NotExported, UserError, first_line, plain_warnings
 
 
 def _parser() -> ArgumentParser:
@@ -136,12 +136,12 @@ def _declare_sample(commands: Any) -> None:  # noqa: ANN401
     )
     made.add_argument("source", help="student folder, or a teacher as in a recipe")
     made.add_argument("--out", type=Path, required=True, help="folder to create")
-    made.add_argument("--count", type=positive, default=64, help="number of samples (64)")
+    made.add_argument("--count", "--num", type=positive, default=64, help="number of samples (64)")
     made.add_argument(
         "--steps", type=positive, help="calls of a teacher (50); before a student, of its whole grid (the student's)"
     )
     made.add_argument("--solver", choices=("euler", "heun", "dpmpp_2m"), default="euler", help="of a teacher (euler)")
-    made.add_argument("--first-id", type=int, default=0, help="id, and so the noise, of the first sample (0)")
+    made.add_argument("--first-id", type=count, default=0, help="id, and so the noise, of the first sample (0)")
     made.add_argument("--batch-size", type=positive, default=64, help="samples at a time (64)")
     made.add_argument("--labels", type=int, nargs="+", help="class labels to cycle through (the student's, or all)")
     told = made.add_mutually_exclusive_group()
@@ -286,10 +286,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (UserError, Diverged, NotExported) as error:
+    except (UserError, Diverged, NotExported, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+            print(f"error: {first_line(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, (Diverged, NotExported)) else 2)
     sys.exit(code)
 
 

@@ -25,7 +25,7 @@ from .labels import turns
 from .plain_student import rebuilt
 from .samplers import SampleNoise, teacher_grid
 from .sampling import Sampling, Traced, data_of, prompts_of
-from .student import described, is_adapters, learned, teacher_of
+from .student import calls_of, described, is_adapters, learned, teacher_of
 from .teacher import Teacher, load_teacher
 
 
@@ -45,12 +45,13 @@ def _traced(
         seen = trace_x0(said if asked.trace else deque(said, maxlen=1))
         return torch.stack([decode(each) for each in seen.unbind(1)], dim=1)
 
-    return Traced(traces, data.told, networks)
+    return Traced(traces, data.told, data.conditions, networks)
 
 
 def student_alone(asked: Sampling, device: torch.device) -> Traced:
     """A student by its sampler: one whose calls are to be seen, or adapters on the teacher's weights."""
-    source, call = asked.source, described(asked.source).call
+    source, told = asked.source, described(asked.source)
+    call, _ = told.call, calls_of(source, len(told.sampler.times), asked.steps)
     if is_adapters(source):
         host, told = teacher_of(source, asked.teacher, call.get("height"))
     else:
@@ -65,6 +66,7 @@ def student_alone(asked: Sampling, device: torch.device) -> Traced:
 def plain_student(asked: Sampling, device: torch.device) -> Traced:
     """A student of a plain network, by its sampler."""
     student, decode = rebuilt(asked.source, trust_remote_code=asked.trust_remote_code)
+    calls_of(asked.source, len(student.sampler.times), asked.steps)
     network = student.denoiser.network.to(device)
     data = class_draws(asked, student.shape, student.classes, device)
     return _traced(asked, data, decode, partial(student.sampler.trace, student.denoiser), network)

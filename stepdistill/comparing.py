@@ -36,6 +36,9 @@ def compare(a: Path, b: Path, options: Options, *, plot: Path | None = None) -> 
     ):
         if mine != other:
             raise UserError(f"{a} and {b} differ in their {field} ({mine} and {other}); only equal ones compare")
+    for told in one["inputs"].keys() & two["inputs"].keys():
+        if one["inputs"][told] != two["inputs"][told]:
+            raise UserError(f"{a} and {b} are images of different {told}; only those of the same compare")
     protocol = _protocol(a, one["protocol"]["fields"])
     metrics = _compared(a, protocol.metrics, options.metrics)
     run = _run(one, protocol, tuple(metric for metric in metrics if metric in FRECHET), options)
@@ -55,7 +58,7 @@ def compare(a: Path, b: Path, options: Options, *, plot: Path | None = None) -> 
         if apart is None:
             raise UserError(f"--plot takes the features of a Frechet distance, and {a} has none")
         draw(plot, {str(folder): kept.get("saved") or kept["images"] for folder, kept in ((a, one), (b, two))}, apart)
-    run.protocol = protocol
+    run.protocol, run.inputs = protocol, {**one["inputs"], **two["inputs"]}
     left = [metric for metric in protocol.metrics if metric not in metrics] if options.metrics is None else []
     return run.record(f"{a} - {b}", found, not_compared=left)
 
@@ -90,10 +93,16 @@ def _kept(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RUN).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no finished run with --features: {error}") from None
-    lacking = [name for name in ("protocol", "reference", "reference_digest", "images") if name not in record]
+    if not isinstance(record, dict):
+        raise _of_another_version(folder, f"it holds a {type(record).__name__}")
+    lacking = [name for name in ("protocol", "reference", "reference_digest", "inputs", "images") if name not in record]
     if lacking:
         raise _of_another_version(folder, f"it lacks {', '.join(lacking)}")
-    return record
+    try:
+        protocol = {"digest": record["protocol"]["digest"], "fields": dict(record["protocol"]["fields"])}
+        return {**record, "protocol": protocol, "inputs": dict(record["inputs"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise _of_another_version(folder, first_line(error)) from None
 
 
 def _protocol(folder: Path, told: dict[str, Any]) -> Protocol:

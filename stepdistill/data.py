@@ -66,12 +66,19 @@ class DataFree:
         return "prompts" if self.prompts else "classes" if self.table else "none"
 
     @property
+    def conditions(self) -> list[str] | list[int]:
+        """The prompts or class labels that ``rows`` takes samples' from, in their order."""
+        if self.prompts:
+            return [self.prompts[row] for row in self._ordered(torch.arange(self.count)).tolist()]
+        return self.table["class_labels"].tolist() if self.table else []
+
+    @property
     def digest(self) -> str | None:
         """What tells the prompts, their order and their repeats from others; ``None`` without prompts."""
-        if self.order is None or not self.prompts:
+        if not self.prompts:
             return None
-        told = json.dumps([self.prompts[row] for row in self.order.tolist()])
-        return f"{len(self.order)} of SHA-256 {hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        told = hashlib.sha256(json.dumps(self.conditions).encode()).hexdigest()
+        return f"{len(self.conditions)} of SHA-256 {told[:16]}"
 
     @property
     def count(self) -> int:

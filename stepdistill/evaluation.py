@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .generating import Generated
+from .generating import Generated, latency, peak_bytes
 from .metrics.base import Value
 from .metrics.collecting import Collected, reader
 from .metrics.extractors import Digits
@@ -38,6 +38,10 @@ class Measurement:
     """Root mean square distance between the features of two samples, ``sqrt(2 tr Cov)``."""
     prompt_accuracy: float | None = None
     """Share of the samples that it takes for the digit asked of them, where digits were asked."""
+    latency_seconds: float | None = None
+    """Of one image alone, where that was timed."""
+    peak_bytes: int | None = None
+    """Memory of the GPU, or of the process on a CPU, at most."""
 
 
 class Evaluator:
@@ -50,6 +54,7 @@ class Evaluator:
         samples: of a generator; some measurements may have fewer.
         batch_size: samples at a time.
         prompts: what is asked of each sample, where something is.
+        inputs: checksums of what samples are told, see ``labels.inputs``.
         device: where features are computed.
 
     Raises:
@@ -65,12 +70,13 @@ class Evaluator:
         samples: int = 5000,
         batch_size: int = 250,
         prompts: tuple[str, ...] | None = None,
+        inputs: dict[str, str] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         options = Options(preset=preset, metrics=metrics, batch_size=batch_size, prompts=prompts)
         changes = {"labels": "prompts" if prompts else "balanced", "samples": samples, "repeats": 1}
         self.run = Run(options, reference, changes, torch.device(device))
-        self.protocol = self.run.protocol
+        self.protocol, self.run.inputs = self.run.protocol, inputs or {}
         self.run.references(self.run.networks(len(prompts) if prompts else samples))
 
     def score(self, images: Tensor) -> dict[str, Value]:
@@ -85,7 +91,14 @@ class Evaluator:
 
     @torch.no_grad()
     def measure(
-        self, label: str, network_calls: int, generate: Generate, *, samples: int, digits: Tensor | None = None
+        self,
+        label: str,
+        network_calls: int,
+        generate: Generate,
+        *,
+        samples: int,
+        digits: Tensor | None = None,
+        alone: bool = False,
     ) -> Measurement:
         """Generate samples ``0 .. samples - 1`` in batches and score them as the protocol's bytes.
 
@@ -95,6 +108,7 @@ class Evaluator:
             generate: the generator.
             samples: how many.
             digits: ``(samples,)`` the digit 0..9 that each sample was asked for.
+            alone: whether to time one image alone too.
         """
         made = Generated(lambda ids: generate(ids)[:, None], self.protocol, self.run.options.batch_size)
         seen: dict[int, int] = {}
@@ -107,7 +121,14 @@ class Evaluator:
         found = self.run.collected(stream, samples, label)
         speeds = [count / seconds for part in gathered(made.batches) for count, seconds in part]
         classes = [digit for _, digit in sorted(pair for part in gathered(seen) for pair in part.items())]
-        measured = Measurement(label, network_calls, self.run.values(found), statistics.median(speeds))
+        measured = Measurement(
+            label,
+            network_calls,
+            self.run.values(found),
+            statistics.median(speeds),
+            latency_seconds=latency(made.traces) if alone else None,
+            peak_bytes=peak_bytes(made),
+        )
         return self._with_digits(measured, torch.tensor(classes), found, digits) if classes else measured
 
     def _seen(self, batch: Batch) -> dict[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,23 +41,26 @@ def _calc(told: argparse.Namespace) -> int:
 
 
 def _gen(told: argparse.Namespace) -> int:
+    from .by_steps import by_steps
     from .generating import gen
     from .sample import Sampling
 
-    record = gen(
-        taken(Sampling, told), told.reference, _options(told), repeats=told.repeats, save_images=told.save_images
-    )
-    return _show(record, told)
+    steps, asked = told.steps or [None], taken(Sampling, argparse.Namespace(**{**vars(told), "steps": None}))
+    how = {"repeats": told.repeats, "save_images": told.save_images}
+    if len(steps) > 1 or told.plot is not None:
+        return _show(by_steps(asked, steps, told.reference, _options(told), plot=told.plot, **how), told)
+    return _show(gen(replace(asked, steps=steps[0]), told.reference, _options(told), **how), told)
 
 
 def _ref(told: argparse.Namespace) -> int:
-    from .metrics.ranks import rank_and_world
     from .reference import ref
+    from .results import skipped
 
-    skipped = ref(told.images, told.out, _options(told))
-    if rank_and_world()[0] == 0:
-        print("\n".join([str(told.out), *_skipped(skipped)]))
-    return 0
+    record = ref(told.images, told.out, _options(told))
+    lines = [record["out"], *skipped(record["skipped"])]
+    if left := record["left_out"]:
+        lines.append(f"{', '.join(left)}: left out, as a file has features of one network; write another by --metrics")
+    return _say(record, "\n".join(lines), told)
 
 
 def _compare(told: argparse.Namespace) -> int:
@@ -69,65 +73,48 @@ def _convert(told: argparse.Namespace) -> int:
     from .metrics.statistics import convert
 
     written, left = convert(told.source, told.target, kind=told.kind, form=told.form)
-    for kind, found in written.items():
-        print(f"{told.target}: {kind}, {len(found.mean)} features of {found.n or 'an unknown number of'} images")
+    kinds = {kind: found.brief() for kind, found in written.items()}
+    lines = [
+        f"{told.target}: {kind}, {each['dimension']} features of {each['n'] or 'an unknown number of'} images"
+        for kind, each in kinds.items()
+    ]
     if left:
-        print(f"left out, as the form has no place for it: {', '.join(left)}")
-    return 0
+        lines.append(f"left out, as the form has no place for it: {', '.join(left)}")
+    return _say({"out": told.target, "kinds": kinds, "left_out": left}, "\n".join(lines), told)
 
 
 def _presets(told: argparse.Namespace) -> int:
-    from .metrics.presets import protocol, table
+    from .metrics.presets import PRESETS, protocol, table
 
-    print(protocol(told.name).text() if told.name else table())
-    return 0
+    if told.name:
+        found = protocol(told.name)
+        return _say(found.described(), found.text(), told)
+    return _say({"presets": [each.described() for each in PRESETS.values()]}, table(), told)
 
 
 def _doctor(told: argparse.Namespace) -> int:
     from .metrics.doctor import report
 
     rows = report()
-    for row in rows:
-        print(f"{row.state:<8} {row.kind:<8} {row.name}: {row.detail}")
-    return 1 if any(row.state == "wrong" for row in rows) else 0
+    wrong = any(row.state == "wrong" for row in rows)
+    lines = [f"{row.state:<8} {row.kind:<8} {row.name}: {row.detail}" for row in rows]
+    _say({"ok": not wrong, "rows": [asdict(row) for row in rows]}, "\n".join(lines), told)
+    return int(wrong)
 
 
 def _show(record: dict[str, Any], told: argparse.Namespace) -> int:
+    from .results import table_of
+
+    runs = record.get("runs", [record])
+    return _say(record, "\n\n".join(map(table_of, runs)), told)
+
+
+def _say(record: dict[str, Any], text: str, told: argparse.Namespace) -> int:
     from .metrics.ranks import rank_and_world
 
     if rank_and_world()[0] == 0:
-        print(json.dumps(record) if told.json else table_of(record))
+        print(json.dumps(record) if told.json else text)
     return 0
-
-
-def table_of(record: dict[str, Any]) -> str:
-    """A record for people."""
-    fields = record["protocol"]["fields"]
-    lines = [f"{'metric':<14}{'value +- se':<22}{'debiased':<12}{'n':>8}"]
-    for name, found in record["metrics"].items():
-        shown = "fd-digits-v1" if (name, fields["extractor"]) == ("fid", "digits") else name
-        debiased = "n/a" if found["debiased"] is None else f"{found['debiased']:z.4f}"
-        error = "" if found["se"] is None else f" +- {found['se']:.4f}"
-        value = f"{found['value']:z.4f}{error}"
-        lines.append(f"{shown:<14}{value:<22}{debiased:<12}{found['n']:>8}")
-    lines += _skipped(record["skipped"])
-    if cost := record.get("cost"):
-        lines.append(_cost(cost))
-    if left := record.get("not_compared"):
-        lines.append(f"{', '.join(left)}: not compared, as no paired error of them is known")
-    return "\n".join([*lines, f"protocol {record['protocol']['name']} ({record['protocol']['digest']})"])
-
-
-def _skipped(names: list[str]) -> list[str]:
-    return [f"{len(names)} images could not be read, the first {names[0]}"] if names else []
-
-
-def _cost(cost: dict[str, Any]) -> str:
-    parts = [f"{cost['network_calls']:g} network calls an image", f"{cost['latency_seconds']:.3g} s for one alone"]
-    if cost["images_per_second"] is not None:
-        parts.append(f"{cost['images_per_second']:.1f} images/s")
-    peak = cost["generation_peak_bytes"] or cost["peak_bytes"]
-    return ", ".join([*parts, f"{peak / 1e9:.2f} GB at most"])
 
 
 def _options(told: argparse.Namespace) -> Options:
@@ -151,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  stepdistill fid {example}", formatter_class=_STYLE,
         )  # fmt: skip
         made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print one JSON object, and nothing else")
         return made
 
     calc = command("calc", _calc, "score images against a reference", "calc runs/images builtin:digits --json")
@@ -163,7 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     gen.add_argument("source", metavar="PIPELINE", help="an exported student, or a teacher's folder or hub id")
     gen.add_argument("reference", nargs="?", metavar="REFERENCE", help="what to compare them with, where a metric does")
-    gen.add_argument("--steps", type=positive, help="network calls of a teacher, 50 by default")
+    gen.add_argument(
+        "--steps",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="network calls (50 of a teacher); several are scored each",
+    )
+    gen.add_argument("--plot", type=Path, metavar="PNG", help="draw the first metric against the network calls")
     gen.add_argument("--labels", type=int, nargs="+", help="class labels to take in turn; all by default")
     gen.add_argument("--guidance-scale", type=float, default=1.0, help="of a teacher")
     gen.add_argument("--repeats", type=positive, help="sets of images, in place of the protocol's")
@@ -200,8 +195,8 @@ def _shared(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="in place of the protocol's: fid,kid,fd-dinov2,clip-fid,cmmd,prdc,is,clip,...",
     )
-    add("--num", dest="count", type=positive, metavar="N", help="the first N images")
-    add("--prompts", metavar="FILE", help="one prompt an image, a line each")
+    add("--count", "--num", type=positive, metavar="N", help="the first N images (torchrun takes --num for its own)")
+    add("--prompts", metavar="FILE", help="one prompt an image, a line each; files are in natural order, 2 before 10")
     add("--weights", metavar="FOLDER", help="where the networks' weights are, and downloads go; or the file of one")
     add("--trust", action="store_true", help="take weights with another checksum than the published")
     add("--download", action="store_true", help="fetch weights that are not here")
@@ -209,4 +204,3 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=count, default=4, help="threads that read images")
     add("--features", type=Path, metavar="DIR", help="keep features there: a killed run continues, two runs compare")
     add("--skip-broken", action="store_true", help="leave out images that cannot be read, and count them")
-    add("--json", action="store_true", help="print one JSON object instead of a table")

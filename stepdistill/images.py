@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,12 @@ from .styles import STYLES, styled
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 DIGITS = "builtin:digits"
 TEXT_DIGITS = "builtin:digits_text"
+_NUMBERS = re.compile(r"([^0-9]*)([0-9]*)")
+
+
+def natural(name: str) -> list[tuple[str, int]]:
+    """A key that puts ``img2.png`` before ``img10.png``."""
+    return [(text, int(number or 0)) for text, number in _NUMBERS.findall(name)] + [(name, 0)]
 
 
 def to_uint8(x: Tensor) -> Tensor:

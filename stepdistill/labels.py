@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from .conditions import Turns, in_turn
+from .identity import of_texts
 from .samplers import SampleNoise
 
 Told = Literal["none", "classes", "prompts"]
@@ -25,6 +26,13 @@ def followed(told: Told, law: str) -> str:
     if law in OF_CLASSES or (law, told) == ("none", "none"):
         return law
     return "balanced" if told == "classes" else "none"
+
+
+def inputs(told: Told, conditions: Sequence[str] | Sequence[int], count: int) -> dict[str, str]:
+    """A checksum of what ``count`` samples are told of ``conditions``, by its name; classes' law is the protocol's."""
+    if told == "prompts":
+        return {"prompts": of_texts([str(conditions[k % len(conditions)]) for k in range(count)])}
+    return {"labels": of_texts([str(label) for label in conditions])} if told == "classes" else {}
 
 
 def turns(law: str, shape: Sequence[int], period: int | None = None) -> Turns:

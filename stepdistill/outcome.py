@@ -25,6 +25,7 @@ from .denoiser import Denoiser
 from .evaluation import Evaluator, Measurement
 from .export import Host, empty_parts, export
 from .hosting import Plan
+from .labels import inputs
 from .metrics.ranks import rank_and_world
 from .own_code import code_of
 from .plain_student import plain_usage
@@ -47,6 +48,8 @@ from .sources import is_local
 from .styles import digits_of
 from .teacher import Teacher
 
+EVALUATION = "evaluation.json"
+"""What was measured in the end, and by what."""
 _PICTURE = "student.png"
 _PEFT = "peft"
 """Where adapters are, in a student's folder, that the teacher's pipeline cannot run as they are."""
@@ -79,6 +82,7 @@ class Outcome:
             samples=evaluate.samples,
             batch_size=evaluate.batch_size,
             prompts=self._asked(max(evaluate.samples, evaluate.curve_samples)),
+            inputs=inputs(self.data.told, self.data.conditions, evaluate.samples),
             device=self.data.device,
         )
 
@@ -94,7 +98,15 @@ class Outcome:
     def measured(self, student: Denoiser, sampler: StudentSampler) -> Measurement:
         """The student on the way."""
         assert self.config.evaluate is not None
-        return self._measure("student", student, sampler, self.config.evaluate.curve_samples)
+        found = self._measure("student", student, sampler, self.config.evaluate.curve_samples)
+        if not (self.folder / EVALUATION).is_file():
+            self._note([])  # What the values are measured by is known before the run ends.
+        return found
+
+    def _note(self, rows: Sequence[Measurement]) -> None:
+        if self.evaluator is not None and rank_and_world()[0] == 0:
+            told = {"rows": [asdict(row) for row in rows], **self.evaluator.run.setting()}
+            (self.folder / EVALUATION).write_text(json.dumps(told, indent=1) + "\n")
 
     def write(
         self, student: Denoiser, sampler: StudentSampler, hosted: Plan, folder: Path, rows: Sequence[Measurement] = ()
@@ -205,7 +217,9 @@ class Outcome:
                 made.append(how(denoiser, noise(), cond, renoise=noise))
         return self.decode(torch.cat(made))
 
-    def _measure(self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int) -> Measurement:
+    def _measure(
+        self, label: str, denoiser: Denoiser, how: StudentSampler | int, samples: int, *, alone: bool = False
+    ) -> Measurement:
         assert self.evaluator is not None
         asked = self._asked(samples)
         return self.evaluator.measure(
@@ -214,6 +228,7 @@ class Outcome:
             lambda ids: self._generate(denoiser, ids, how),
             samples=samples,
             digits=digits_of(asked) if asked else None,
+            alone=alone,
         )
 
     def _asked(self, count: int) -> tuple[str, ...] | None:
@@ -230,13 +245,11 @@ class Outcome:
         total = sum(evaluate.teacher_steps) + len(sampler.times)
         with tqdm(total=total, desc="evaluate", mininterval=1, disable=not main) as bar:
             for steps in evaluate.teacher_steps:
-                rows.append(self._measure(f"teacher, {steps} steps", self.taught, steps, evaluate.samples))
+                rows.append(self._measure(f"teacher, {steps} steps", self.taught, steps, evaluate.samples, alone=True))
                 bar.update(steps)
-            rows.append(self._measure("student", student, sampler, evaluate.samples))
+            rows.append(self._measure("student", student, sampler, evaluate.samples, alone=True))
             bar.update(len(sampler.times))
-        if main:
-            told = {"rows": [asdict(row) for row in rows], **self.evaluator.run.setting()}
-            (self.folder / "evaluation.json").write_text(json.dumps(told, indent=1) + "\n")
+        self._note(rows)
         return rows
 
     def _picture(self, student: Denoiser, sampler: StudentSampler, metrics: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -21,9 +20,9 @@ from .bundled import BUILTIN
 from .config import Config
 from .evaluation import Measurement
 from .images import to_picture, to_uint8
-from .metrics.base import Value
 from .metrics.protocols import Protocol
 from .plain import PYTHON
+from .results import shown
 from .sources import is_local
 
 mpl.use("Agg")
@@ -99,18 +98,11 @@ def table(rows: Sequence[Measurement], protocol: Protocol) -> str:
     told += f"{'prompt accuracy':>17}" if asked else ""
     lines = [f"{'':<18}{told}{'network calls':>15}{'images/s':>11}{'speed-up':>10}"]
     for row in rows:
-        told = "".join(f"{_value(row.metrics[name]):>22}" for name in protocol.values)
+        told = "".join(f"{shown(row.metrics[name].value, row.metrics[name].se):>22}" for name in protocol.values)
         told += f"{row.prompt_accuracy:>17.3f}" if asked else ""
         ratio = f"{row.images_per_second / slowest:.1f}x"
         lines.append(f"{row.label:<18}{told}{row.network_calls:>15}{row.images_per_second:>11.0f}{ratio:>10}")
     return "\n".join(lines)
-
-
-def _value(found: Value) -> str:
-    """Three decimals, or more where the error or the value is smaller."""
-    size = found.se or abs(found.value)
-    places = 3 if size >= 0.001 or size == 0 else 1 - math.floor(math.log10(size))
-    return f"{found.value:.{places}f}" + ("" if found.se is None else f" +- {found.se:.{places}f}")
 
 
 def usage(

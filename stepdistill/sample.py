@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .prompts import read_prompts
 from .samplers import SampleNoise
 from .sampling import Sampling, Traced, Traces
 from .sources import DESCRIPTION
-from .student import described, exported, family_of, is_adapters
+from .student import Description, calls_of, described, exported, family_of, is_adapters
 
 
 def sample(asked: Sampling, output: Path, *, count: int = 64, first_id: int = 0, batch_size: int = 64) -> Path:
@@ -79,8 +80,8 @@ def _check(asked: Sampling, family: Family | None) -> None:
         raise UserError(f"--labels must not be negative, got {list(asked.labels)}")
     if family:
         _check_student(asked, family)
-    if asked.guidance_scale is not None and asked.guidance_scale < 0:
-        raise UserError(f"--guidance-scale must not be negative, got {asked.guidance_scale}")
+    if asked.guidance_scale is not None and not 0 <= asked.guidance_scale < math.inf:
+        raise UserError(f"--guidance-scale must not be negative, and finite, got {asked.guidance_scale}")
     if asked.teacher_first == 0 and asked.teacher is not None and not is_adapters(asked.source):
         raise UserError("--teacher is for --teacher-first only; give the number of its calls or remove it")
     if asked.teacher_first and family is None:
@@ -125,25 +126,26 @@ def _student(asked: Sampling, device: torch.device) -> Traced:
     pipeline, told = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
     config = pipeline.unet.config
     data = class_draws(asked, square(config), config["num_class_embeds"], device)
+    calls = _calls(asked, told, pipeline)
 
     def images(ids: Sequence[int]) -> Tensor:
         generators = SampleNoise(ids, data.shape).generators
         made = pipeline(
             batch_size=len(ids),
-            num_inference_steps=len(told.sampler.times),
+            num_inference_steps=calls,
             generator=generators,
             output_type="np",
             **data.cond(ids),
         ).images
         return torch.from_numpy(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
-    return Traced(images, data.told, (pipeline.unet,))
+    return Traced(images, data.told, data.conditions, (pipeline.unet,))
 
 
 def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
     pipeline, student = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
-    network = pipeline.components[family.component]
+    network, calls = pipeline.components[family.component], _calls(asked, student, pipeline)
     every: Sequence[Any] = read_prompts(asked_prompts(asked)) if family.encode else asked_labels(asked) or range(1000)
     shape = family.shape(network.config)
     which = turns("prompts" if family.encode else asked.law, shape, asked.period)
@@ -153,8 +155,13 @@ def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
         for k, turn in zip(ids, which(ids, len(every)), strict=True):
             torch.manual_seed(k)
             told = {"prompt": every[turn]} if family.encode else {"class_labels": [every[turn]]}
-            told |= {"num_inference_steps": len(student.sampler.times), "output_type": "np", **student.call}
+            told |= {"num_inference_steps": calls, "output_type": "np", **student.call}
             made.append(torch.from_numpy(pipeline(**told).images))
         return torch.cat(made).permute(0, 3, 1, 2)[:, None] * 2 - 1
 
-    return Traced(images, "prompts" if family.encode else "classes", (network,))
+    return Traced(images, "prompts" if family.encode else "classes", every, (network,))
+
+
+def _calls(asked: Sampling, told: Description, pipeline: Any) -> int:  # noqa: ANN401
+    """Steps of the pipeline, of which only a stock scheduler may take others than the student's own."""
+    return calls_of(asked.source, len(told.sampler.times), asked.steps, None if told.sole else pipeline.scheduler)

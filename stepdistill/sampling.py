@@ -31,6 +31,8 @@ class Traced(NamedTuple):
 
     traces: Traces
     told: Told
+    conditions: Sequence[str] | Sequence[int]
+    """The prompts or class labels that the law of the samples takes from."""
     networks: tuple[nn.Module, ...]
     """What it calls."""
 
@@ -43,7 +45,8 @@ class Sampling:
     """An exported student's folder, or a teacher."""
     steps: int | None = None
     """Network calls of a teacher, 50 by default; with ``teacher_first`` those of the teacher's whole grid, as many as
-    the student's by default.  A student alone has its own number."""
+    the student's by default.  A student alone has its own number; one of several calls, any that its stock scheduler
+    takes."""
     labels: tuple[int, ...] | None = None
     """Class labels to cycle through; those of the student's recipe, or all of them, by default."""
     prompts: str | tuple[str, ...] | None = None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,16 @@ from .metrics import collecting, score
 from .metrics.base import Extractor, Source, Value
 from .metrics.clip import ARCHITECTURES, ClipScorer, load_towers
 from .metrics.collecting import Collected, Network, Stream, collect, reader
-from .metrics.extractors import Digits, load_extractor
-from .metrics.forms import PICKLES, TORCH, Statistics
+from .metrics.extractors import PACKAGES, Digits, load_extractor
+from .metrics.forms import Statistics
+from .metrics.lock import held
 from .metrics.precision import full_precision, tf32
 from .metrics.presets import protocol as preset
 from .metrics.protocols import CLASSIFIERS, FRECHET, PARTS, SINGLE
 from .metrics.ranks import device_of_rank, gathered, rank_and_world
 from .metrics.score import References
 from .metrics.sources import open_source
-from .metrics.statistics import read_statistics
+from .metrics.statistics import contents, read_statistics
 from .metrics.store import FeatureStore, Manifest
 from .metrics.weights import find_weights
 
@@ -84,9 +84,16 @@ class Run:
         self.skipped: list[str] = []
         self.seconds = {"reference": 0.0, "generation": 0.0, "features": 0.0, "distance": 0.0}
         self.prompts: list[str] = []
+        self.inputs: dict[str, str] = {}
+        """Checksums of the prompts or the class labels that the images are of, where they are known."""
         self.extractors: dict[str, Extractor] = {}
         self._networks: dict[str, Network] = {}
         self._references: References | None = None
+
+    def begin(self, features: Path | None) -> None:
+        """Measure anew, against the same reference, and keep features in another folder."""
+        self.options, self.skipped = replace(self.options, features=features), []
+        self.seconds |= {"generation": 0.0, "features": 0.0, "distance": 0.0}
 
     def change(self, changes: dict[str, object]) -> None:
         """Let the protocol differ from its preset in these fields too."""
@@ -96,13 +103,18 @@ class Run:
     def networks(self, count: int) -> dict[str, Network]:
         """Those of the protocol, for ``count`` images."""
         if options := {"clip", "diversity"} & set(self.protocol.metrics):
-            self.prompts = self._read_prompts(count, " and ".join(sorted(options)))
+            self.prompts = self.read_prompts(count, " and ".join(sorted(options)))
         self._networks = self._networks or collecting.networks(
             self.protocol, self.protocol.metrics, self._extractor, self._scorer, self.prompts
         )
         return self._networks
 
-    def _read_prompts(self, count: int, metric: str) -> list[str]:
+    def read_prompts(self, count: int, metric: str = "") -> list[str]:
+        """The prompts of ``count`` images, one each, which ``metric`` needs.
+
+        Raises:
+            UserError: there are none, or not as many as images; or an empty one, where text is needed.
+        """
         from .prompts import blank_lines, read_prompts
 
         source = self.options.prompts
@@ -165,7 +177,7 @@ class Run:
         compared = {metric: network for metric, network in needed.items() if metric not in ALONE}
         if self.reference is None or not compared:
             return {}
-        statistics, images = _contents(self.reference)
+        statistics, images = contents(self.reference)
         fits = [metric for metric in compared if statistics and (metric in FRECHET or not images)]
         found: dict[str, Collected | Statistics] = {metric: self._fit(metric, compared.pop(metric)) for metric in fits}
         if compared:
@@ -194,7 +206,8 @@ class Run:
         needed = self.networks(count)
         self.references(needed)
         began = time.perf_counter()
-        found = collect(stream, count, needed, device=self.device, store=self.store(made_by))
+        with held(self.options.features):
+            found = collect(stream, count, needed, device=self.device, store=self.store(made_by))
         self.seconds["features"] += time.perf_counter() - began
         return found
 
@@ -212,21 +225,19 @@ class Run:
 
     def setting(self) -> dict[str, Any]:
         """What measured, ready for JSON."""
-        packages = ("stepdistill", "torch", "numpy", "pillow")
+        names = [network.name for network in self._networks.values()]
+        built = dict.fromkeys(PACKAGES[start] for start in PACKAGES for name in names if name.startswith(start))
+        packages = ("stepdistill", "torch", "numpy", "pillow", *built)
         dtypes = " + ".join(sorted({network.dtype for network in self._networks.values()}))
         images = "float32" if self.protocol.quantisation == "none" else "uint8"
         with full_precision(self.device):  # As the networks do.
             rounded = tf32(self.device)
         return {
-            "protocol": {
-                "name": self.protocol.name,
-                "digest": self.protocol.digest(),
-                "text": self.protocol.text(),
-                "fields": asdict(self.protocol),
-            },
+            "protocol": self.protocol.described(),
             "reference": self.reference,
             "reference_digest": None if self.reference is None else of_reference(self.reference),
             "precision": {"images": images, "features": {"dtype": dtypes, "tf32": rounded}},
+            "inputs": self.inputs,
             "weights": {network.name: network.weights for network in self._networks.values()},
             "world_size": rank_and_world()[1],
             "device": str(self.device),
@@ -258,6 +269,17 @@ class Run:
         return record
 
 
+def first(options: Options, source: Source, name: str) -> int:
+    """How many images of ``source``, which errors call ``name``, are asked for.
+
+    Raises:
+        UserError: more than there are.
+    """
+    if options.count is not None and options.count > len(source):
+        raise UserError(f"--count {options.count} is more than the {len(source)} images of {name}")
+    return len(source) if options.count is None else options.count
+
+
 def calc(images: str, reference: str | None, options: Options) -> dict[str, Any]:
     """Score ``images``, any source of ``open_source``, against images or statistics, where a metric compares.
 
@@ -265,24 +287,9 @@ def calc(images: str, reference: str | None, options: Options) -> dict[str, Any]
         UserError: an input that cannot be read or compared.
     """
     source = open_source(images)
-    count = len(source) if options.count is None else options.count
-    if count > len(source):
-        raise UserError(f"--num {count} is more than the {len(source)} images of {images}")
+    count = first(options, source, images)
     run = Run(options, reference, {"samples": count}, images=len(source))
+    if options.prompts is not None:
+        run.inputs = {"prompts": of_texts(run.read_prompts(count))}
     made_by = images if options.features is None else of_images(images)
     return run.record(images, run.measured(run.reading(source), count, made_by))
-
-
-def _contents(path: str) -> tuple[bool, bool]:
-    """Whether there are statistics at ``path``, and whether there are images; a reference of ADM holds both."""
-    suffix = Path(path).suffix.lower()
-    if suffix in PICKLES + TORCH:
-        return True, False
-    if suffix != ".npz" or not Path(path).is_file():
-        return False, True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is truncated or not an .npz: {error}; restore it, or make it again") from None
-    return bool({"mu", "mu_s", "feats"} & names), "arr_0" in names

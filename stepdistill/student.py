@@ -79,6 +79,24 @@ def exported(source: str, device: torch.device, *, trust_remote_code: bool = Fal
     return pipeline, told
 
 
+def calls_of(source: str, own: int, steps: int | None, scheduler: Any = None) -> int:  # noqa: ANN401
+    """Calls of a sample: ``own`` of the student, or ``steps`` where several are its own and ``scheduler`` takes it.
+
+    Raises:
+        UserError: it makes samples in no such number.
+    """
+    if steps in (None, own):
+        return own
+    reason = "it has learned no other number"
+    if scheduler is not None and own > 1:
+        try:
+            scheduler.set_timesteps(steps)
+            return steps
+        except ValueError as error:
+            reason = first_line(error)
+    raise UserError(f"--steps {steps}: {source} makes a sample in {own} call{'s'[: own - 1]}; {reason}")
+
+
 def is_adapters(source: str) -> bool:
     """Whether the student in ``source`` is adapters for the teacher's own pipeline."""
     folder = Path(source)

@@ -23,7 +23,9 @@ from stepdistill.hosting import plan
 from stepdistill.methods import DMD, AnyMethod, Batch, FreeFlow, SiD
 from stepdistill.methods._shared import few_step_times, time_at_ratio
 from stepdistill.process import VE, VP, Flow, Trig
+from stepdistill.sample import tracing
 from stepdistill.samplers import SampleNoise, StudentSampler, ode_steps
+from stepdistill.sampling import Sampling
 
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 every_target = pytest.mark.parametrize("target", TARGETS)
@@ -382,6 +384,21 @@ def test_exported_class_conditional_few_step_student_is_its_sampler(renoising, t
     cond = {"class_labels": torch.tensor([0, 1, 2, 3])}
     export(denoiser, sampler, plan(denoiser, sampler, classes=4), tmp_path / "student", shape=SHAPE, cond=cond)
     assert export_error(denoiser, sampler, tmp_path / "student", shape=SHAPE, cond=cond) < 2e-5
+
+
+def test_a_student_of_several_calls_samples_in_others_that_its_scheduler_takes_and_one_of_one_call_does_not(tmp_path):
+    denoiser = student(SCALED, "eps")
+    for own in (4, 1):
+        sampler = SiD(steps=own, input="unit").sampler(SCALED)
+        export(denoiser, sampler, plan(denoiser, sampler, classes=None), tmp_path / f"{own}", shape=SHAPE, cond={})
+    for steps in (1, 2, 4):
+        made, calls = tracing(Sampling(source=str(tmp_path / "4"), steps=steps)), []
+        made.networks[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        assert made.traces([0, 1]).isfinite().all()
+        assert len(calls) == steps
+    for own, steps in ((4, 1001), (1, 2)):
+        with pytest.raises(UserError, match=rf"--steps {steps}: .* makes a sample in {own} call"):
+            tracing(Sampling(source=str(tmp_path / f"{own}"), steps=steps))
 
 
 @pytest.mark.parametrize(

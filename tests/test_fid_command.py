@@ -1,7 +1,9 @@
 """``stepdistill fid`` end to end."""
 
 import json
+import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stepdistill import results
 from stepdistill.errors import UserError
 from stepdistill.evaluation import Evaluator
 from stepdistill.fid import main
@@ -63,9 +66,40 @@ def test_the_table_is_short_and_has_the_same_numbers(half, capsys):
     head, row, protocol = capsys.readouterr().out.splitlines()
     expected = Evaluator("builtin:digits").score(load_images(half))["fid"]
     assert head.split() == ["metric", "value", "+-", "se", "debiased", "n"]
-    numbers = [f"{expected.value:.4f}", "+-", f"{expected.se:.4f}", f"{expected.debiased:.4f}"]
+    assert expected.se
+    places = 1 - math.floor(math.log10(expected.se))
+    numbers = [f"{expected.value:.{places}f}", "+-", f"{expected.se:.{places}f}", f"{expected.debiased:.{places}f}"]
     assert row.split() == ["fd-digits-v1", *numbers, "899"]
     assert protocol.startswith("protocol digits, samples=899 (")
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "said"),
+    [
+        (1.23456, 0.00214, "1.2346 +- 0.0021"),
+        (123.4, 17.2, "123 +- 17"),
+        (0.000123456, 0.0000021, "0.0001235 +- 0.0000021"),
+        (0.31415926, None, "0.3142"),
+        (-1e-13, 1e-13, "0.0000 +- 0.0000"),
+    ],
+)
+def test_a_value_is_shown_to_two_digits_of_its_error(value, se, said):
+    assert results.shown(value, se) == said
+
+
+def test_every_command_prints_one_object_where_it_is_asked_to(half, tmp_path, capsys):
+    def told(*arguments):
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    made = told("ref", half, "--preset", "digits", "--metrics", "kid", "--count", 500, "--out", tmp_path / "ref.npz")
+    assert (made["kinds"]["fid"]["n"], made["metrics"], made["left_out"]) == (500, ["kid"], [])
+    found = told("calc", half, tmp_path / "ref.npz", "--preset", "digits", "--metrics", "kid,prdc,fid")["metrics"]
+    assert {each["n_ref"] for each in found.values()} == {500}
+    assert told("convert", tmp_path / "ref.npz", tmp_path / "ref.pt")["kinds"]["fid"]["dimension"] == 80
+    assert told("presets")["presets"][0]["name"] == "edm-cifar10"
+    assert told("presets", "digits")["fields"]["extractor"] == "digits"
+    assert {row["kind"] for row in told("doctor")["rows"]} == {"weights", "version", "test"}
 
 
 def test_few_samples_have_no_debiased_value(tmp_path, capsys):
@@ -78,7 +112,7 @@ def test_few_samples_have_no_debiased_value(tmp_path, capsys):
 
 def test_a_set_is_at_zero_from_itself_without_a_minus_sign(half, capsys):
     main(["calc", half, half, "--preset", "digits"])
-    assert capsys.readouterr().out.splitlines()[1].split()[1] == "0.0000"
+    assert re.fullmatch(r"0\.0+", capsys.readouterr().out.splitlines()[1].split()[1])
 
 
 def test_the_script_is_the_command(half, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from stepdistill.html_report.charts import MOST_POINTS, Line, Point, chart, shor
 from stepdistill.html_report.markup import Markup, element, join
 from stepdistill.html_report.tables import duration
 from stepdistill.metrics.base import Value
+from stepdistill.metrics.presets import PRESETS
 from stepdistill.metrics.sources import load_images
 from stepdistill.recipe import parse
 from stepdistill.report import grid
@@ -156,6 +159,61 @@ def test_values_of_two_protocols_have_columns_and_curves_of_their_own(tmp_path):
     assert page.row("torch") == ["9.9.9", "9.9.9"]
     assert "fd-digits-v1 against images" in page.text
     assert "fid (clean) against images" in page.text
+
+
+def judged(run, *, samples=2000, reference="builtin:digits", digest="a", curve=500):
+    """``run`` as it was measured by a protocol of its own."""
+    file = run / "evaluation.json"
+    protocol = PRESETS["digits"].changed({"samples": samples}).described()
+    setting = {
+        "protocol": protocol,
+        "reference": reference,
+        "reference_digest": digest,
+        "inputs": {},
+        "device": "cuda:0",
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["evaluate"]["curve_samples"] = curve
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("other", "ends", "ways"),
+    [
+        ({}, [""], [""]),
+        ({"samples": 500}, [" (digits, samples=2000)", " (digits, samples=500)"], [""]),
+        ({"curve": 100}, [""], [" (500 samples)", " (100 samples)"]),
+        ({"reference": "others", "digest": "b"}, *[[" (against builtin:digits)", " (against others)"]] * 2),
+    ],
+)
+def test_values_of_other_samples_or_references_are_told_apart(tmp_path, other, ends, ways):
+    runs = [make_run(tmp_path / name, measured=MEASURED) for name in "ab"]
+    text = page_of(judged(runs[0]), judged(runs[1], **other), out=tmp_path / "both.html").text
+    for end in ends:
+        assert f"fd-digits-v1{end} ± se" in text
+    for way in ways:
+        assert f"fd-digits-v1{way} against images" in text
+    assert text.count(" ± se") == len(ends)
+
+
+def test_references_that_changed_under_one_name_are_told_apart_by_a_checksum(tmp_path):
+    runs = [judged(make_run(tmp_path / name, measured=MEASURED), digest=name) for name in "ab"]
+    heads = re.findall(
+        r"fd-digits-v1 \(digits, samples=2000, against builtin:digits, \w{12}\) ± se",
+        page_of(*runs, out=tmp_path / "x").text,
+    )
+    assert len(set(heads)) == 2
+
+
+def test_the_page_tells_what_each_run_costs_and_where_it_was_measured(tmp_path):
+    rows = [MEASURED[0], replace(MEASURED[1], latency_seconds=0.0123, peak_bytes=2_340_000_000)]
+    page = page_of(judged(make_run(tmp_path / "run", measured=rows)))
+    assert page.row("teacher, 50 steps")[-2:] == ["–", "–"]
+    assert page.row("student")[-2:] == ["12.3 ms", "2.34 GB"]
+    assert page.row("One image alone, peak memory") == ["12.3 ms, 2.34 GB"]
+    assert page.row("device") == ["cuda:0"]
 
 
 def test_every_log_line_is_a_point_that_reads_its_value(tmp_path):
@@ -419,13 +477,20 @@ def test_numbers_are_written_for_people():
     assert [duration(s) for s in (12.34, 235.4, 10920)] == ["12.3 s", "3 min 55 s", "3 h 02 min"]
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PLAYWRIGHT = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright")
+BROWSERS = [
+    *map(shutil.which, ("chromium", "chromium-browser", "google-chrome")),
+    *sorted(map(str, PLAYWRIGHT.glob("chromium*/chrome-*/*shell"))),
+    *sorted(map(str, PLAYWRIGHT.glob("chromium*/chrome-*/chrome"))),
+]
+BROWSER = next(filter(None, BROWSERS), None)
 MEASURE = """addEventListener('load', () => document.body.dataset.widths =
 [...document.querySelectorAll('iframe')].map(f => f.contentDocument.documentElement.scrollWidth).join(' '))"""
 
 
 @pytest.mark.skipif(
-    BROWSER is None, reason="needs chromium or google-chrome in PATH (on Debian or Ubuntu: apt-get install chromium)"
+    BROWSER is None and "REQUIRE_BROWSER" not in os.environ,
+    reason="needs chromium or google-chrome in PATH, or Playwright's (on Debian or Ubuntu: apt-get install chromium)",
 )
 def test_a_browser_shows_it_without_complaint_and_within_its_window(tmp_path):
     """At 400 and 1200 pixels, in frames, whose widths a browser does not round up as it does those of windows."""

@@ -9,6 +9,7 @@ import pytest
 from stepdistill.errors import UserError
 from stepdistill.metrics.presets import PRESETS, protocol, table
 from stepdistill.metrics.protocols import EXTRACTORS, METRICS, Protocol
+from stepdistill.metrics.spelled import LAWS, NETWORKS
 
 OTHER = {
     "name": "other",
@@ -58,7 +59,14 @@ def test_a_preset_spells_out_every_field_once(preset):
     for field in fields(preset):
         label, times = ("note", len(preset.notes)) if field.name == "notes" else (field.name, 1)
         assert sum(line.startswith(f"{label}: ") for line in lines) == times
-    assert all(f"{metric} sees: stored image" in preset.text() for metric in preset.metrics)
+    for metric in preset.metrics:
+        name = preset.network(metric)[0]
+        told = (f"{metric} sees: stored image", f"network {name}: {NETWORKS[name]}", f"{metric} is: {LAWS[metric]}")
+        assert all(line in preset.text() for line in told)
+
+
+def test_every_network_and_metric_has_its_words():
+    assert (NETWORKS.keys(), LAWS.keys()) == ({*EXTRACTORS}, {*METRICS})
 
 
 def test_every_field_has_another_value_in_the_table_of_this_test():

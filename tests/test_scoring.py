@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from processes import in_processes
 
-from stepdistill import agreement, scoring
+from stepdistill import agreement, labels, prompts, scoring
 from stepdistill.errors import UserError
 from stepdistill.fid import main
 from stepdistill.generating import gen, stored, summed_up
@@ -23,6 +23,7 @@ from stepdistill.images import load_digits, to_picture
 from stepdistill.metrics.base import Extractor, Features, Value
 from stepdistill.metrics.digits import DigitsExtractor
 from stepdistill.metrics.kid import kid_subsets
+from stepdistill.metrics.lock import held
 from stepdistill.metrics.presets import protocol
 from stepdistill.sample import tracing
 from stepdistill.sampling import Sampling
@@ -182,6 +183,25 @@ def test_a_run_that_keeps_its_features_continues_and_makes_none_twice(sources, t
         main([*map(str, told[:-1]), "fid", "--features", str(tmp_path / "kept")])
 
 
+def test_what_a_killed_run_of_two_processes_left_is_continued_by_one_and_no_two_runs_share_a_folder(
+    sources, tmp_path, capsys
+):
+    told = ("calc", sources / "array.npz", "builtin:digits", "--features", tmp_path / "kept")
+    assert in_processes(2, lambda: main([*map(str, told)])) == [0, 0]
+    whole = numbers(json.loads((tmp_path / "kept" / "run.json").read_text()))
+    one, two = sorted((tmp_path / "kept" / "digits").glob("*.safetensors"))
+    assert [one.stem, two.stem] == ["000000000-000000150", "000000150-000000300"], "processes make as many each"
+    two.rename(two.with_name(f"{two.name}.tmp"))
+    (tmp_path / "kept" / "run.json").unlink()
+    before = one.stat().st_mtime_ns
+    with held(tmp_path / "kept"), pytest.raises(UserError, match="another run keeps its features"):
+        main([*map(str, told)])
+    capsys.readouterr()
+    assert numbers(scored(capsys, *told))["fid"] == pytest.approx(whole["fid"], rel=1e-9)
+    assert one.stat().st_mtime_ns == before
+    assert sorted(one.parent.glob("*")) == [one, two, one.parent / "manifest.json"]
+
+
 def test_two_runs_compare_on_their_common_ids_and_only_under_one_protocol(sources, tmp_path, capsys):
     alone = {}
     for name in ("array.npz", "others.npz"):
@@ -239,6 +259,39 @@ def test_runs_that_another_version_kept_are_refused_until_repeated(sources, tmp_
     assert scored(capsys, *compare)["metrics"].keys() == {"fid"}
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "flag", "first", "other"),
+    [
+        ("classes", "--labels", (0, 1), (0, 2)),
+        ("builtin:digits_text", "--prompts", "a white digit three\n", "a red digit four\n"),
+    ],
+)
+def test_images_of_other_labels_or_prompts_do_not_compare(
+    teachers, tmp_path, capsys, pipeline, flag, first, other, monkeypatch
+):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    source = str(teachers("consistency")) if pipeline == "classes" else pipeline
+    for name, told in (("one", first), ("same", first), ("two", other)):
+        if isinstance(told, str):
+            (tmp_path / f"{name}.txt").write_text(told)
+            told = (tmp_path / f"{name}.txt",)
+        kept = ("--num", 20, "--steps", 1, "--features", tmp_path / name)
+        record = scored(capsys, "gen", source, "builtin:digits", flag, *told, *kept)
+        assert record["inputs"].keys() == {flag.removeprefix("--")}
+    assert scored(capsys, "compare", tmp_path / "one", tmp_path / "same")["metrics"]["fid"]["value"] == 0
+    with pytest.raises(UserError, match=f"are images of different {flag.removeprefix('--')}"):
+        main(["compare", str(tmp_path / "one"), str(tmp_path / "two")])
+
+
+def test_prompts_of_images_are_told_whatever_is_measured_and_have_one_checksum(sources, tmp_path, capsys):
+    for name, lines in (("one", 300), ("other", 299)):
+        (tmp_path / f"{name}.txt").write_text("a digit\n" * lines)
+    told = ("calc", sources / "array.npz", "builtin:digits", "--prompts")
+    assert scored(capsys, *told, tmp_path / "one.txt")["inputs"] == labels.inputs("prompts", ["a digit"], 300)
+    with pytest.raises(UserError, match="299 prompts for 300 images"):
+        main([*map(str, told), str(tmp_path / "other.txt")])
+
+
 def test_two_runs_are_drawn_where_they_agree_best_and_worst(sources, tmp_path, capsys):
     images = DIGITS[300:340].copy()
     np.savez(tmp_path / "one.npz", images)
@@ -270,7 +323,7 @@ def test_a_picture_of_agreement_has_the_nearest_pairs_first_and_the_farthest_bel
 def test_a_pipeline_is_scored_in_memory_as_its_saved_images_are(tmp_path, capsys):
     told = ("gen", "builtin:digits", "builtin:digits", "--steps", 2, "--num", 60, "--batch-size", 32)
     record = scored(capsys, *told, "--save-images", tmp_path / "images")
-    assert len(list((tmp_path / "images").iterdir())) == 60
+    assert len(list((tmp_path / "images").glob("*.png"))) == 60
     again = scored(capsys, "calc", tmp_path / "images", "builtin:digits")
     assert numbers(record)["fid"] == pytest.approx(numbers(again)["fid"], rel=1e-9)
     assert record["cost"]["images_per_second"] > 0
@@ -294,6 +347,40 @@ def test_a_finished_run_is_repeated_and_generates_nothing(tmp_path, capsys):
     assert again["seconds"]["generation"] == 0 < first["seconds"]["generation"]
     main([*map(str, told)])
     assert "2 network calls an image" in capsys.readouterr().out
+
+
+def test_a_continued_run_keeps_every_image_and_those_of_another_are_refused(tmp_path, capsys):
+    told = (*GEN, "--features", tmp_path / "kept")
+    scored(capsys, *told)
+    record = scored(capsys, *told, "--save-images", tmp_path / "images")
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "images").glob("*.png")}
+    assert (len(whole), record["cost"]["images_generated"]) == (20, 20)
+    again = scored(capsys, "calc", tmp_path / "images", "builtin:digits", "--preset", "digits")
+    assert numbers(again)["fid"] == pytest.approx(numbers(record)["fid"], rel=1e-9)
+    (tmp_path / "images" / "000007.png").unlink()
+    assert scored(capsys, *told, "--save-images", tmp_path / "images")["cost"]["images_generated"] == 1
+    assert {file.name: file.read_bytes() for file in (tmp_path / "images").glob("*.png")} == whole
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "cat.png").touch()
+    for folder, steps in (("images", 3), ("foreign", 2)):
+        with pytest.raises(UserError, match=f"{folder} holds images of another run"):
+            main([*map(str, GEN[:-1]), str(steps), "--save-images", str(tmp_path / folder)])
+
+
+def test_several_numbers_of_steps_are_scored_and_drawn_at_once(tmp_path, capsys):
+    kept = ("--features", tmp_path / "kept", "--save-images", tmp_path / "images")
+    record = scored(capsys, *GEN, 1, *kept, "--plot", tmp_path / "steps.png")
+    two, one = record["runs"]
+    assert [run["cost"]["network_calls"] for run in (two, one)] == [2, 1]
+    assert numbers(two) == numbers(scored(capsys, *GEN))
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"steps_1", "steps_2"}
+    assert len(list((tmp_path / "images" / "steps_1").glob("*.png"))) == 20
+    assert scored(capsys, "compare", *(tmp_path / "kept" / f"steps_{n}" for n in (1, 2)))["metrics"]["fid"]["n"] == 20
+    with Image.open(tmp_path / "steps.png") as picture:
+        assert picture.size == (660, 440)
+    for wrong, said in ((["2"], "names a number twice"), (["1", "--plot", "nowhere/x.png"], "a folder that exists")):
+        with pytest.raises(UserError, match=said):
+            main([*map(str, GEN), *wrong])
 
 
 def test_a_process_without_a_shard_does_no_harm(tmp_path):

@@ -88,8 +88,8 @@ def test_a_batch_depends_neither_on_threads_nor_on_other_batches(places):
         assert np.array_equal(torch.stack(batch.images).permute(0, 2, 3, 1), PIXELS[[19, 3, 3, 8]])
 
 
-def test_a_folder_is_sorted_by_relative_path_whatever_the_case_of_its_suffixes(tmp_path):
-    names = ["a/b/c.png", "a/z.PNG", "a-b/c.Jpg", "b.jpeg", "c.png"]
+def test_a_folder_is_in_natural_order_whatever_the_case_of_its_suffixes(tmp_path):
+    names = ["a/b/c.png", "a/z.PNG", "a-b/img2.Jpg", "a-b/img10.jpeg", "c.png"]
     for level, name in enumerate(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8), 40 * level, dtype=np.uint8)).save(tmp_path / name)

@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 import yaml
 
 from ..errors import UserError, first_line
+from ..identity import of_texts
 from ..metrics.presets import PRESETS
 
 T = TypeVar("T")
 X = ("step", "images", "seconds")
 """What every row of ``metrics.jsonl`` has."""
+_MAYBE = ("diversity", "prompt_accuracy", "latency_seconds", "peak_bytes")
+"""What a row of ``evaluation.json`` may have."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,18 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What values were measured by; only those of the same share a column or a curve."""
+
+    preset: str | None
+    name: str
+    """Of the protocol, or its samples on the way."""
+    reference: str
+    told: str
+    """Checksum of the protocol's fields, the reference and what samples are told."""
+
+
+@dataclass(frozen=True)
 class Generator:
     """What was measured of the teacher in some number of steps, or of the student."""
 
@@ -40,6 +55,9 @@ class Generator:
     class_shares: Sequence[float]
     diversity: float | None
     prompt_accuracy: float | None
+    latency_seconds: float | None
+    """Of one image alone."""
+    peak_bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,11 @@ class RunFolder:
     generators: list[Generator]
     """``evaluation.json``, the student last; empty before."""
     environment: dict[str, str]
-    """Versions that ``evaluation.json`` names."""
+    """Versions, device and precision that ``evaluation.json`` names."""
+    judged: Judged
+    """What ``generators`` were measured by."""
+    on_the_way: Judged
+    """What ``rows`` were."""
 
     @property
     def steps(self) -> int:
@@ -113,7 +135,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunFolder]:
             raise UserError(f"the run {path} is named twice; name each once")
     longest = max(len(path.parts) for path in whole)
     depth = next(n for n in range(1, longest + 1) if len({path.parts[-n:] for path in whole}) == len(whole))
-    return [_read(path, "/".join(path.parts[-depth:])) for path in whole]
+    return _titled([_read(path, "/".join(path.parts[-depth:])) for path in whole])
 
 
 def _read(path: Path, name: str) -> RunFolder:
@@ -126,33 +148,82 @@ def _read(path: Path, name: str) -> RunFolder:
     file = path / "evaluation.json"
     measured = _parsed(file, json.loads) if file.is_file() else {"rows": [], "versions": {}}
     generators, environment = _checked(file, _evaluation, measured)
-    title = _checked(path / "config.yaml", _titles, config)
-    return RunFolder(
-        path,
-        name,
-        config,
-        _checked(path / "config.yaml", _stages, config),
-        [_renamed(row, title) for row in rows],
-        [replace(each, figures=_renamed(each.figures, title)) for each in generators],
-        environment,
+    stages = _checked(path / "config.yaml", _stages, config)
+    evaluate = _checked(path / "config.yaml", _evaluate, config)
+    final, curve = _checked(file, lambda told: _judged(told, evaluate), measured)
+    return RunFolder(path, name, config, stages, rows, generators, environment, final, curve)
+
+
+def _evaluate(config: dict[str, Any]) -> dict[str, Any]:
+    """The section of that name, and its preset, if any, as text."""
+    section = dict(config.get("evaluate") or {"preset": None})
+    preset = section.get("preset", "digits")
+    return section | {"preset": None if preset is None else str(preset)}
+
+
+def _judged(measured: dict[str, Any], evaluate: dict[str, Any]) -> tuple[Judged, Judged]:
+    """By what the end was measured, and by what the way."""
+    protocol, reference = measured.get("protocol", {}), str(measured.get("reference") or evaluate.get("reference"))
+    preset = evaluate["preset"]
+    # Which metrics are beside a value has no say in it; neither has the name, which tells of them.
+    fields = {key: value for key, value in protocol.get("fields", {}).items() if key not in ("name", "metrics")}
+    against = [measured.get("reference_digest") or reference, measured.get("inputs")]
+    curve = evaluate.get("curve_samples")
+
+    def by(samples: object, name: str) -> Judged:
+        told = json.dumps([preset, fields | {"samples": samples}, *against], sort_keys=True)
+        return Judged(preset, name, reference, of_texts([told]))
+
+    end = by(fields.get("samples", evaluate.get("samples")), protocol.get("name", str(preset)))
+    return end, by(curve, f"{curve} samples")
+
+
+def _titled(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """``runs`` under names of what was measured that tell protocols and references apart."""
+    ends = _marks({run.judged for run in runs if run.generators})
+    ways = _marks(
+        {run.on_the_way for run in runs if any("/" not in name for row in run.rows for name in {*row} - {*X})}
     )
+    named = []
+    for run in runs:
+        end = _title(run.judged.preset, ends.get(run.judged, ""))
+        way = _title(run.on_the_way.preset, ways.get(run.on_the_way, ""))
+        generators = [replace(each, figures=_renamed(each.figures, end)) for each in run.generators]
+        named.append(replace(run, rows=[_renamed(row, way) for row in run.rows], generators=generators))
+    return named
 
 
-def _titles(config: dict[str, Any]) -> Callable[[str], str]:
-    """What to call what was measured: values of two protocols do not share a column, or a curve."""
-    preset = (config.get("evaluate") or {"preset": None}).get("preset", "digits")
+def _marks(every: set[Judged]) -> dict[Judged, str]:
+    """The shortest that tells each from others of its preset; nothing where there are none."""
+    ways: Sequence[Callable[[Judged], str]] = (
+        lambda each: "",
+        lambda each: each.name,
+        lambda each: f"against {each.reference}",
+        lambda each: f"{each.name}, against {each.reference}",
+        lambda each: f"{each.name}, against {each.reference}, {each.told}",
+    )
+    marks = {}
+    for one in every:
+        rivals = {each for each in every if each.preset == one.preset}
+        marks[one] = next(way(one) for way in ways if len({way(each) for each in rivals}) == len(rivals))
+    return marks
+
+
+def _renamed(values: dict[str, T], title: Callable[[str], str]) -> dict[str, T]:
+    return {title(name): value for name, value in values.items()}
+
+
+def _title(preset: str | None, mark: str) -> Callable[[str], str]:
+    """What to call what was measured by ``preset``."""
 
     def title(name: str) -> str:
         if "/" in name or name in X or preset is None:
             return name
         known = PRESETS[preset].title(name) if preset in PRESETS else name
-        return f"{name} ({preset})" if known == name else known
+        told = [*([preset] if known == name and not mark.startswith(preset) else []), *([mark] if mark else [])]
+        return f"{known} ({', '.join(told)})" if told else known
 
     return title
-
-
-def _renamed(values: dict[str, T], title: Callable[[str], str]) -> dict[str, T]:
-    return {title(name): value for name, value in values.items()}
 
 
 def _parsed(file: Path, parse: Callable[[str], Any]) -> Any:  # noqa: ANN401
@@ -196,22 +267,26 @@ def _stages(config: Any) -> tuple[tuple[str, int], ...]:  # noqa: ANN401
 
 
 def _evaluation(measured: Any) -> tuple[list[Generator], dict[str, str]]:  # noqa: ANN401
-    """The rows, and the versions that measured them."""
-    versions = {str(name): str(version) for name, version in measured["versions"].items()}
-    return [_generator(row) for row in measured["rows"]], versions
+    """The rows, and the versions and the device that measured them."""
+    told = {str(name): str(version) for name, version in measured["versions"].items()}
+    told |= {
+        name: str(measured[key]) for name, key in (("device", "device"), ("processes", "world_size")) if key in measured
+    }
+    if features := measured.get("precision", {}).get("features"):
+        told["features"] = f"{features['dtype']}, TF32 {'on' if features['tf32'] else 'off'}"
+    return [_generator(row) for row in measured["rows"]], told
 
 
 def _generator(row: dict[str, Any]) -> Generator:
     figures = {key: _figure(value) for key, value in row["metrics"].items()}
-    maybe = {key: _number(row[key]) for key in ("diversity", "prompt_accuracy") if row.get(key) is not None}
+    maybe = {key: _number(row[key]) for key in _MAYBE if row.get(key) is not None}
     return Generator(
         str(row["label"]),
         int(_number(row["network_calls"])),
         _number(row["images_per_second"]),
         figures,
         [_number(share) for share in row.get("class_shares") or ()],
-        maybe.get("diversity"),
-        maybe.get("prompt_accuracy"),
+        *map(maybe.get, _MAYBE),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import yaml
 
 from .. import __version__
 from ..methods import AnyMethod
+from ..results import decimals, shown
 from .charts import swatch
 from .markup import Markup, element, join
 from .run_folder import Figure, Generator, RunFolder
@@ -80,6 +80,8 @@ def _facts(run: RunFolder) -> dict[str, str]:
         facts |= {f"Student, {key}": _value(figure) for key, figure in student.figures.items()}
         facts["Network calls per image"] = f"{student.network_calls}"
         facts["Images per second"] = rounded(student.images_per_second)
+        if student.latency_seconds is not None or student.peak_bytes is not None:
+            facts["One image alone, peak memory"] = ", ".join(_alone(student))
         if run.generators[0] is not student:
             facts["Speed-up"] = f"{_speedup(run, student)} against {run.generators[0].label}"
     return facts
@@ -101,12 +103,15 @@ def measured(runs: Sequence[RunFolder]) -> Markup:
     asked = any(one.prompt_accuracy is not None for one in rows)
     head = ["", *(name for key in keys for name in (f"{key} ± se", "debiased", "n"))]
     head += [*(["prompt accuracy"] if asked else []), "diversity", "network calls", "images/s", "speed-up"]
+    timed = any(one.latency_seconds is not None or one.peak_bytes is not None for one in rows)
+    head += ["one image alone", "peak memory"] if timed else []
 
     def cells(run: RunFolder, one: Generator) -> list[str]:
         made = [cell for key in keys for cell in _figure(one.figures.get(key))]
         made += [_NONE if one.prompt_accuracy is None else f"{one.prompt_accuracy:.1%}"] if asked else []
         made.append(_NONE if one.diversity is None else rounded(one.diversity))
-        return [*made, f"{one.network_calls}", rounded(one.images_per_second), _speedup(run, one)]
+        made += [f"{one.network_calls}", rounded(one.images_per_second), _speedup(run, one)]
+        return [*made, *(_alone(one) if timed else [])]
 
     note = (
         "± is one standard error; a debiased value estimates what infinitely many samples, in place of n, would give. "
@@ -114,6 +119,15 @@ def measured(runs: Sequence[RunFolder]) -> Markup:
     note += "Of distances (fd, fid, kid, cmmd) lower is better. Speed-up is against the first row."
     main = table(head, _grouped(runs, cells, len(head)), kind="numbers")
     return join(main, element("p", {"class": "note"}, note), _balance(runs))
+
+
+def _alone(one: Generator) -> list[str]:
+    """Latency and memory, where they are known."""
+    latency, peak = one.latency_seconds, one.peak_bytes
+    return [
+        _NONE if latency is None else f"{rounded(1000 * latency)} ms",
+        _NONE if peak is None else f"{peak / 1e9:.2f} GB",
+    ]
 
 
 def group(run: RunFolder, style: int, columns: int, told: str = "") -> Markup:
@@ -160,22 +174,15 @@ def _balance(runs: Sequence[RunFolder]) -> Markup:
 def _figure(figure: Figure | None) -> list[str]:
     if figure is None:
         return [_NONE] * 3
-    debiased = _NONE if figure.debiased is None else f"{figure.debiased:.{_decimals(figure)}f}"
+    places = decimals(figure.value, figure.se)
+    debiased = _NONE if figure.debiased is None else f"{figure.debiased:z.{places}f}"
     return [_value(figure), debiased, _NONE if figure.n is None else f"{figure.n:,}"]
 
 
 def _value(figure: Figure) -> Markup:
     """To two digits of the error; what the file says in full is a tooltip."""
-    decimals, full = _decimals(figure), f"{figure.value!r}"
-    said = f"{figure.value:.{decimals}f}"
-    if figure.se is not None:
-        said, full = f"{said} ± {figure.se:.{decimals}f}", f"{full} ± {figure.se!r}"
-    return element("span", {"title": full}, said)
-
-
-def _decimals(figure: Figure) -> int:
-    size = figure.se or abs(figure.value) / 1000
-    return max(0, 1 - math.floor(math.log10(size))) if math.isfinite(size) and size > 0 else 3
+    full = f"{figure.value!r}" if figure.se is None else f"{figure.value!r} ± {figure.se!r}"
+    return element("span", {"title": full}, shown(figure.value, figure.se, sign="±"))
 
 
 def rounded(value: float) -> str:
@@ -231,7 +238,7 @@ def _flat(value: Any, key: str = "") -> Iterable[tuple[str, str]]:  # noqa: ANN4
 
 
 def environment(runs: Sequence[RunFolder]) -> Markup:
-    """The versions that the evaluations name; this installation's where none does."""
+    """The versions and devices that the evaluations name; this installation's versions where none does."""
     told = [run.environment for run in runs]
     if any(told):
         names = list(dict.fromkeys(name for versions in told for name in versions))

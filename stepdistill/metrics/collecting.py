@@ -173,7 +173,7 @@ def collect(
         together(lambda: add(range(rank, count, world)))
     else:
         stores = together(lambda: {network: store(network) for network in made})
-        mine = _lacking(count, list(stores.values()))[rank::world]
+        mine = _share(_lacking(count, list(stores.values())), rank, world)
         together(lambda: _complete(stream, mine, stores, device))
         for network, there in stores.items():
             _read(made[network], there, range(count), rank, world)
@@ -191,6 +191,17 @@ def _lacking(count: int, stores: Sequence[FeatureStore]) -> list[tuple[range, li
         for ends in pairwise(edges)
     ]
     return gathered([(ids, lacking) for ids, lacking in pieces if lacking])[0]
+
+
+def _share(pieces: Sequence[tuple[range, list[int]]], rank: int, world: int) -> list[tuple[range, list[int]]]:
+    """Of the samples of ``pieces`` one of ``world`` equal parts."""
+    total, before, mine = sum(len(ids) for ids, _ in pieces), 0, []
+    first, last = total * rank // world, total * (rank + 1) // world
+    for ids, lacking in pieces:
+        if part := ids[max(first - before, 0) : max(last - before, 0)]:
+            mine.append((part, lacking))
+        before += len(ids)
+    return mine
 
 
 def _complete(

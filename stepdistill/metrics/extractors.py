@@ -54,6 +54,9 @@ EXTRACTORS = {
 }
 """Extractors that need weights, and which; ``digits`` is beside them."""
 
+PACKAGES = {"inception-pytorch": "torchvision", "dinov2": "transformers", "clip": "open_clip_torch"}
+"""Beside torch, what networks are built by, by the start of their names."""
+
 
 def load_extractor(
     name: str,

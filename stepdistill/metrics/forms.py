@@ -43,6 +43,10 @@ class Statistics:
     """sha256 of the extractor's; most files do not say."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def brief(self) -> dict[str, Any]:
+        """What they are of, ready for JSON."""
+        return {"n": self.n, "dimension": len(self.mean), "extractor": self.extractor}
+
     def with_ddof(self, ddof: int) -> Statistics:
         """The same sums divided by ``n - ddof``.
 

@@ -16,6 +16,9 @@ from .jackknife import GROUPS, MIN_SAMPLES, group_of, jackknife
 _ROUNDING = 1e-3
 """What sums in float32 may leave below zero, relative to the largest eigenvalue: 5e-5 at 2,048 dimensions."""
 
+_LARGEST = 1e100
+"""Beyond which products overflow."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -76,6 +79,8 @@ class Reference:
         if moments.n is not None and moments.n < MIN_SAMPLES:
             raise UserError(f"at least {MIN_SAMPLES} reference images are needed, got {moments.n}")
         self.moments = moments
+        if (largest := moments.covariance.abs().max().item()) > _LARGEST:
+            raise UserError(f"sigma of the reference has entries up to {largest:.3g}, which no features have")
         values, vectors = torch.linalg.eigh(moments.covariance)
         if values[0] < -_ROUNDING * values[-1]:
             raise UserError(

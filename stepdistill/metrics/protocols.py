@@ -6,9 +6,11 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..errors import UserError
 from .resampling import check_steps
+from .spelled import COLOUR, LAWS, NETWORKS
 
 METRICS = ("fid", "kid", "kid-subsets", "fd-dinov2", "clip-fid", "cmmd", "prdc", "is", "clip", "diversity", "vendi")
 PARTS = {"prdc": ("precision", "recall", "density", "coverage")}
@@ -165,7 +167,11 @@ class Protocol:
                 lines += [f"note: {note}" for note in value]
             else:
                 lines.append(f"{key}: {_spelled(value)}")
+        lines.append(f"colour: {COLOUR}")
         lines += [f"{metric} sees: {self.sees(metric)}" for metric in self.metrics]
+        used = dict.fromkeys(self.network(metric)[0] for metric in self.metrics)
+        lines += [f"network {name}: {NETWORKS[name]}" for name in used]
+        lines += [f"{metric} is: {LAWS[metric]}" for metric in self.metrics]
         lines.append(f"pixels: {QUANTISATIONS[self.quantisation]}")
         lines.append(f"conditions: {LABELS[self.labels]}")
         return "\n".join(lines)
@@ -173,6 +179,10 @@ class Protocol:
     def digest(self) -> str:
         """First 12 hexadecimal digits of the sha256 of ``text()``; values compare between equal digests only."""
         return hashlib.sha256(self.text().encode()).hexdigest()[:12]
+
+    def described(self) -> dict[str, Any]:
+        """Name, digest, text and fields, ready for JSON."""
+        return {"name": self.name, "digest": self.digest(), "text": self.text(), "fields": asdict(self)}
 
     def changed(self, overrides: Mapping[str, object]) -> Protocol:
         """This protocol with other values, which its name then tells: ``clean, samples=2000``.

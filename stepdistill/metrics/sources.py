@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..arrays import ArrayFile, open_npy, open_npz
 from ..errors import UserError
-from ..images import DIGITS, EXTENSIONS, TEXT_DIGITS, load_digits, load_text_digits, read_image
+from ..images import DIGITS, EXTENSIONS, TEXT_DIGITS, load_digits, load_text_digits, natural, read_image
 from .base import Source
 
 AHEAD = 2
@@ -26,7 +26,7 @@ AHEAD = 2
 
 
 def open_source(path: str | Path) -> Source:
-    """The images at ``path``, in an order that depends on nothing but their names.
+    """The images at ``path``, in an order that depends on nothing but their names: ``2.png`` before ``10.png``.
 
     Args:
         path: a folder of images (with its subfolders) or of ``.npy`` shards, a ``.zip`` of images, an ``.npz`` with
@@ -146,7 +146,7 @@ class _Zip(Source):
         images = {name for name in names if _is_image(name) and not name.startswith("__MACOSX/")}
         if not images:
             raise UserError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))})")
-        self._names = sorted(images, key=lambda name: PurePosixPath(name).parts)
+        self._names = sorted(images, key=lambda name: [natural(part) for part in PurePosixPath(name).parts])
 
     def __len__(self) -> int:
         return len(self._names)
@@ -176,7 +176,7 @@ def _open_folder(folder: Path) -> Source:
         raise UserError(f"cannot read {folder}: {error}")
 
     found = [Path(at, name) for at, _, names in os.walk(folder, onerror=refuse) for name in names]
-    found.sort(key=lambda file: file.relative_to(folder).parts)
+    found.sort(key=lambda file: [natural(part) for part in file.relative_to(folder).parts])
     images = [file for file in found if _is_image(file.name)]
     arrays = [file for file in found if file.suffix.lower() == ".npy"]
     if images and arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO, NamedTuple
 
 from ..arrays import open_npz
 from ..errors import UserError, first_line
-from .forms import KINDS, Statistics, content_of, kinds_in, statistics_in
+from .forms import KINDS, PICKLES, TORCH, Statistics, content_of, kinds_in, statistics_in
 from .protocols import Protocol
 from .written_forms import form_of, write_npz
 
@@ -130,7 +131,7 @@ def convert(source: str | Path, target: str | Path, *, kind: str | None = None, 
     chosen, content = form_of(target, form), content_of(source)
     try:
         kinds = kinds_in(content) if kind is None else [kind]
-    except (AttributeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source} holds statistics in a form that is not known: {first_line(error)}") from error
     found = {each: read_statistics(source, kind=each) for each in kinds}
     try:
@@ -141,6 +142,21 @@ def convert(source: str | Path, target: str | Path, *, kind: str | None = None, 
         raise UserError(f"{source}: {error}") from error
     left = [each for each in found if each not in taken]
     return Converted(taken, left if images or "arr_0" not in content else [*left, "images (arr_0)"])
+
+
+def contents(path: str) -> tuple[bool, bool]:
+    """Whether there are statistics at ``path``, and whether there are images; a reference of ADM holds both."""
+    suffix = Path(path).suffix.lower()
+    if suffix in PICKLES + TORCH:
+        return True, False
+    if suffix != ".npz" or not Path(path).is_file():
+        return False, True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is truncated or not an .npz: {error}; restore it, or make it again") from None
+    return bool({"mu", "mu_s", "feats"} & names), "arr_0" in names
 
 
 def _known(kind: str) -> None:
@@ -159,6 +175,8 @@ def _check(statistics: Statistics, extractor: str | None, dimension: int | None)
         raise UserError(f"statistics of {size} features, expected {dimension}; they are of another extractor")
     if None not in (extractor, statistics.extractor) and extractor != statistics.extractor:
         raise UserError(f"statistics of extractor {statistics.extractor}, expected {extractor}")
+    if statistics.n is not None and (not isinstance(statistics.n, int) or statistics.n < 1):
+        raise UserError(f"statistics of {statistics.n!r} images, expected a number of them")
     scale = covariance.abs().max()
     if (covariance - covariance.T).abs().max() > _ROUNDING * scale:
         raise UserError("sigma is not symmetric, so it is not a covariance")
