@@ -260,8 +260,6 @@ def recipe(name: str, folder: Path, method: str, out: Path, **training: Any) -> 
 @pytest.mark.parametrize("name", [name for name in BUILD if name != "repa"])
 def test_every_method_distils_every_family(name, method, folders, cache, tmp_path, monkeypatch):
     """The whole job: train, export, and the check that the stock pipeline repeats the sampler."""
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     lora = {"fake": {"rank": 2, "alpha": 2}} if method in ("swiftbrush", "dmd") else {}
     config = recipe(name, folders(name), method, tmp_path / "run", lora=lora)
     run = Run(config)
@@ -341,8 +339,6 @@ def test_the_lines_of_a_card_draw_trained_students_where_stepdistill_is_not(fold
     """One process for all of them, in which importing stepdistill fails; images to 1e-5 of the sampler's."""
     assert TRAINED.keys() == BUILD.keys()
     assert set(TRAINED.values()) == METHODS.keys()
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     asks, expected = [], {}
     for name, method in TRAINED.items():
         run = Run(recipe(name, folders(name), method, tmp_path / name))
@@ -377,8 +373,6 @@ def test_the_lines_of_a_card_draw_trained_students_where_stepdistill_is_not(fold
 def test_adapters_alone_make_the_teachers_pipeline_the_student(
     name, method, dtype, folders, cache, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     lora: dict[str, Any] = {role: {"rank": 2, "alpha": 4} for role in ("student", "fake")}
     if method in ("tbcm", "tscd"):
         del lora["fake"]
@@ -406,8 +400,6 @@ def test_adapters_alone_make_the_teachers_pipeline_the_student(
 
 @pytest.mark.parametrize("name", ["sdxl", "dit"])
 def test_the_students_of_tscds_stages_are_published_as_adapters(name, folders, cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     lora = {"student": {"rank": 2, "alpha": 4}}
     distill(recipe(name, folders(name), "tscd", tmp_path / "run", lora=lora, optimizer={"lr": 1e-2}))
     kept = list((tmp_path / "run/snapshots").iterdir())

@@ -116,8 +116,6 @@ def test_another_number_of_steps_than_the_grid_has_is_refused(tmp_path):
 def test_plain_calls_of_every_family_are_right(name, tmp_path, monkeypatch, capsys):
     """The export itself calls the pipeline with prompt or label alone and compares it with the sampler."""
     monkeypatch.setattr(prompts_module, "CACHE", tmp_path / "prompts")
-    monkeypatch.setattr(Teacher, "picture_steps", 2)
-    monkeypatch.setattr(outcome, "_SHOWN", 4)
     data: dict[str, Any] = {"class_labels": [3, 7]} if name in ("dit", "sit") else {"prompts": ["a cat", "a dog"]}
     if name in ("flux", "sana"):
         data["resolution"] = {"flux": 16, "sana": 32}[name]
