@@ -167,6 +167,10 @@ Renoising = Literal["fresh", "fixed", "ddim"]
 the noise it started from, or the noise it has itself predicted (DDIM, deterministic)."""
 
 
+MOST_JUMPS = 120
+"""Of a flow map: a number that many others divide; an exported one keeps as many levels."""
+
+
 @dataclass(frozen=True)
 class StudentSampler:
     """How a student turns noise into samples: ``x0`` at the first level, then re-noise and predict again.
@@ -192,9 +196,11 @@ class StudentSampler:
             raise ValueError(f"the times of a few-step student must decrease, got {self.times}")
 
     def in_steps(self, steps: int) -> StudentSampler:
-        """So many jumps of a flow map, in even steps of the process' time."""
-        first = self.times[0]
-        return replace(self, times=tuple(first * (1 - k / steps) for k in range(steps)))
+        """So many jumps of a flow map, in steps of the process' time that are even but for rounding to its 120th."""
+        if not 1 <= steps <= MOST_JUMPS:
+            raise ValueError(f"steps must be 1 to {MOST_JUMPS}, got {steps}")
+        shares = [1 - round(k * MOST_JUMPS / steps) / MOST_JUMPS for k in range(steps)]
+        return replace(self, times=tuple(self.times[0] * share for share in shares))
 
     def cond(self, process: NoiseProcess, cond: Cond, like: Tensor, call: int = -1) -> Cond:
         """``cond`` and, for a network with two times, the label of where ``call`` leads."""

@@ -38,7 +38,7 @@ class Elsewhere:
     """Runs code where stepdistill is not, and gives what is then called ``image``."""
 
     def __init__(self) -> None:
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, "-c", _PROGRAM]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, text=True, **pipes)

@@ -1,4 +1,4 @@
-"""Every family by every method, whole networks and adapters: trained, resumed, exported, drawn where stepdistill is not."""
+"""Every family by every method, whole networks and adapters: trained, resumed, exported, drawn without stepdistill."""
 
 from __future__ import annotations
 

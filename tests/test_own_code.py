@@ -15,7 +15,6 @@ from conftest import tiny_unet
 from diffusers import DiffusionPipeline
 from families import build
 
-from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.backbones import unet2d
 from stepdistill.config import Config
@@ -29,7 +28,7 @@ from stepdistill.own_code import code_of
 from stepdistill.process import VE, VP, Flow, NoiseProcess
 from stepdistill.sample import Sampling, sample
 from stepdistill.samplers import SampleNoise, StudentSampler
-from stepdistill.teacher import Teacher, load_teacher
+from stepdistill.teacher import load_teacher
 
 SHAPE = (1, 8, 8)
 TABLE = VP(torch.linspace(0.999, 0.01, 100).double())

@@ -50,6 +50,7 @@ from ._shared import (
 )
 from .base import Batch, Loss, Method, Nets, Turn
 
+
 @torch.no_grad()
 def correction(nets: Nets, x0: Tensor, r: Tensor, cond: Cond) -> Tensor:
     """``D_N = v - u`` at samples ``x0 (B, ...)`` noised to ``r (B,)``, which equals ``(E[x0] - E_teacher[x0]) / r``."""
