@@ -17,7 +17,6 @@ from families import build
 from PIL import Image
 from test_families import CLASSES, INF, SIZES, asked, call, moved
 
-from stepdistill import outcome
 from stepdistill import prompts as prompts_module
 from stepdistill.__main__ import main
 from stepdistill.adapters import export_lora
@@ -200,10 +199,7 @@ def run(tmp_path_factory) -> Path:
         "data": {"prompts": list(PROMPTS), "guidance_scale": 3.0, "negative_prompt": "a fox"},
         "training": {"batch_size": 2, "trackers": [], "lora": {"student": {"rank": 2}}, "optimizer": {"lr": 1e-2}},
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "picture_steps", 2)
-        patch.setattr(outcome, "_SHOWN", 4)
-        distill(Config.model_validate(values))
+    distill(Config.model_validate(values))
     return folder / "run"
 
 
