@@ -134,12 +134,14 @@ def settings_of(folders, teachers, cache):
 
 
 NAMES = [*BUILD, *UNETS]
+ALIKE = {"sd-v", "sd3-without-t5", "pixart-alpha", "flux-schnell", "unet-v", "unet-x0", "unet-flow", "unet-classes"}
+"""Networks of a class that another of these families has too, in pipelines that load adapters as that one's do."""
 ALL = [
     pytest.param(name, method, adapted, id=f"{name}-{method}{'-lora' * adapted}")
     for name in NAMES
     for method, kind in METHODS.items()
     for adapted in (False, True)
-    if not adapted or roles_of(kind)
+    if not adapted or (roles_of(kind) and name not in ALIKE)
 ]
 
 
@@ -157,7 +159,7 @@ def test_a_student_of_every_family_by_every_method(
     roles = roles_of(kind) if adapted else ()
     told = config(teacher, method, tmp_path / "run", steps, roles)
     if teacher.denoiser.target not in kind.targets:
-        with pytest.raises(UserError, match=f"needs a teacher that predicts .*, got '{teacher.denoiser.target}'"):
+        with pytest.raises(UserError, match=f"needs .*{teacher.denoiser.target}"):
             Run(told)
         assert not (tmp_path / "run").exists()
         return
