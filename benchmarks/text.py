@@ -3,14 +3,16 @@
     python benchmarks/text.py [key=value ...] [--seeds 0 1 2] [--only digits_text_sid] [--guidance 3]
 
 Accuracy is the share of samples in which the bundled classifier sees the digit that the prompt names, FD is
-fd-digits-v1.  Runs live under ``--runs`` and are skipped when finished and continued when interrupted; the table is
-written again after each of them, from every run that is found there.
+fd-digits-v1.  Several seeds give their mean and its standard error, one gives that of its samples.  Runs live under
+``--runs`` and are skipped when finished and continued when interrupted; the table is written again after each of them,
+from every run that is found there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -48,12 +50,15 @@ def read(folder: Path, guidance: float) -> list[dict[str, Any]]:
     rows = json.loads((folder / "evaluation.json").read_text())["rows"]
     teacher, student = (row for row in rows if row["network_calls"] == 50 or row is rows[-1])
     shared = {"guidance": guidance, "seed": int(seed)}
+    samples = student["metrics"]["fid"]["n"]
     return [
         {
             "recipe": name,
             "calls": row["network_calls"],
             "accuracy": row["prompt_accuracy"],
+            "accuracy_se": math.sqrt(row["prompt_accuracy"] * (1 - row["prompt_accuracy"]) / samples),
             "fd": row["metrics"]["fid"]["value"],
+            "fd_se": row["metrics"]["fid"]["se"],
             "minutes": minutes,
             **shared,
         }
@@ -61,16 +66,25 @@ def read(folder: Path, guidance: float) -> list[dict[str, Any]]:
     ]
 
 
+def shown(runs: list[dict[str, Any]], key: str, unit: float = 1.0) -> str:
+    """Mean and standard error over the seeds, or over the samples of a single one."""
+    values = [unit * row[key] for row in runs]
+    several = len(values) > 1
+    error = statistics.stdev(values) / math.sqrt(len(values)) if several else unit * runs[0][f"{key}_se"]
+    places = 1 if unit > 1 else 2
+    return f"{statistics.mean(values):.{places}f} ± {error:.{places}f}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Means over the seeds, as Markdown."""
+    """A line for every recipe and guidance, as Markdown; of the teacher, whose samples no seed changes, one run."""
     lines = ["| recipe | guidance | calls | prompt accuracy | FD | seeds | minutes |", "|---|---|---|---|---|---|---|"]
     for recipe, guidance in dict.fromkeys((row["recipe"], row["guidance"]) for row in rows):
         runs = [row for row in rows if (row["recipe"], row["guidance"]) == (recipe, guidance)]
-        accuracy, fd, minutes = (statistics.mean(row[key] for row in runs) for key in ("accuracy", "fd", "minutes"))
-        seeds = len({row["seed"] for row in runs})
+        seeds, minutes = len({row["seed"] for row in runs}), statistics.mean(row["minutes"] for row in runs)
+        told = runs[:1] if recipe == TEACHER else runs
+        accuracy, fd = shown(told, "accuracy", 100), shown(told, "fd")
         lines.append(
-            f"| {recipe} | {guidance:g} | {runs[0]['calls']} | {100 * accuracy:.1f} % | {fd:.2f} | {seeds} | "
-            f"{minutes:.0f} |"
+            f"| {recipe} | {guidance:g} | {runs[0]['calls']} | {accuracy} % | {fd} | {seeds} | {minutes:.0f} |"
         )
     return "\n".join(lines)
 

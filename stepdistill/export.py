@@ -53,7 +53,8 @@ class Host:
 @torch.no_grad()
 def stock_network(denoiser: Denoiser, sampler: StudentSampler, hosted: Plan) -> Any:  # noqa: ANN401
     """A stock network that does the student's work under the plan's scheduler."""
-    network: Any = single_time(merged(denoiser.network), denoiser.process, sampler).requires_grad_(True).eval()
+    told = replace(sampler, target_time=None) if hosted.is_map else sampler
+    network: Any = single_time(merged(denoiser.network), denoiser.process, told).requires_grad_(True).eval()
     scale = hosted.map.output / hosted.output
     if not math.isclose(scale, 1.0, rel_tol=1e-6):
         for parameter in network.get_submodule(hosted.family.output).parameters():
@@ -127,7 +128,8 @@ def export(
     if hosted.grid or own_code:
         stock = hosted.pipeline.__name__ if hosted.pipeline else cast(Host, host).teacher.index["_class_name"]
         call = {"num_inference_steps": hosted.steps, **description.get("call", {})}
-        write_code(temporary, stock=stock, call=call, grid=hosted.grid)
+        target = cast(Conditioned, denoiser.network).embeddings["target_label"] if hosted.is_map else None
+        write_code(temporary, stock=stock, call=call, grid=hosted.grid, target=target)
         description |= {"stock": stock, "sole": hosted.grid is not None}
     (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     compare = partial(export_error, denoiser, sampler, temporary, shape=shape, cond=cond, host=host)

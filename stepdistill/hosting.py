@@ -28,7 +28,7 @@ from .backbones.sana import SANA, SPRINT
 from .backbones.unet2d import UNET2D
 from .denoiser import Denoiser
 from .errors import UserError
-from .linear_map import OneStepMap, grid_settings, one_step_map, stock_output
+from .linear_map import OneStepMap, betas, grid_settings, map_settings, one_step_map, stock_output
 from .process import VP, Flow
 from .samplers import StudentSampler
 
@@ -57,11 +57,16 @@ class Plan:
     label: float
     """The timestep that the pipeline tells the network."""
     grid: dict[str, Any] | None = None
-    """Settings of the student's own scheduler, where no stock one runs it."""
+    """Settings of the student's own scheduler, where no stock one runs it; of a flow map they have ``levels``."""
     family: Family = UNET2D
     """Of the pipeline that hosts it: how that is called, and what its network must be."""
     guidance: float | None = None
     """The one scale that the student was ever told, which is folded into its network."""
+
+    @property
+    def is_map(self) -> bool:
+        """The network goes on being told where to go."""
+        return "levels" in (self.grid or {})
 
     @property
     def scheduler_name(self) -> str:
@@ -86,27 +91,31 @@ def plan(
         sampler: how the student generates.
         classes: of a class-conditional teacher.
         family: of the teacher.
-        own_code: where stock diffusers has no place for the student, let it travel with its own pipeline file.
+        own_code: where stock diffusers has no place for the student, or for a whole flow map, let it travel with its
+            own pipeline file.
         sana_sprint: put a student of Sana into Sana-Sprint's pipeline.
         guidance: the one scale that the student is told, of a teacher that is told one.
 
     Raises:
-        UserError: stock diffusers has no place for this student.
+        UserError: stock diffusers has no place for it.
     """
     first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
     if family is PLAIN:
         if own_code:
             raise UserError("export.own_code writes a diffusers pipeline, which a plain network has not; remove it")
-        first = replace(first, input=1.0)  # its own sampler runs it: nothing is folded
-        return Plan(None, None, len(sampler.times), first, first.output, first.label, family=family)
+        return Plan(  # its own sampler runs it: nothing is folded
+            None, None, len(sampler.times), replace(first, input=1.0), first.output, first.label, family=family
+        )
     if sana_sprint:
         return _sprint_plan(denoiser, sampler, first, family)
+    whole_map = own_code and sampler.any_steps
+    own = (map_settings if whole_map else grid_settings)(denoiser, sampler)
     try:
         stock = _stock_plan(denoiser, sampler, first, classes=classes, family=family)
-        return replace(stock, family=family, guidance=guidance)
+        if not whole_map:
+            return replace(stock, family=family, guidance=guidance)
     except UserError as error:
-        own = grid_settings(denoiser, sampler)
-        fed = {own["start"], *(call["input"] for call in own["calls"])}
+        fed = {own["start"], *(call["input"] for call in own["levels" if whole_map else "calls"])}
         if (sampler.target_time is not None and len(sampler.times) > 1) or (fed != {1.0} and not family.scales_input):
             raise
         if not own_code:
@@ -126,9 +135,7 @@ def _stock_plan(
             _refuse_unscalable(denoiser.network)
         return make(denoiser, sampler, first, classes=classes)
     if scaled:
-        raise UserError(
-            f"the input scale of this student cannot be folded into {family.network.__name__}; set method.input=unit"
-        )
+        raise UserError(f"the input scale cannot be folded into {family.network.__name__}; set method.input=unit")
     if family is DIT and isinstance(denoiser.process, Flow):
         return _class_flow_plan(denoiser, sampler, first)
     if first.label < 1 or abs(first.label - round(first.label)) > 1e-6:
@@ -154,7 +161,7 @@ def _one_step_plan(denoiser: Denoiser, sampler: StudentSampler, student: OneStep
     alpha = 1 / student.direct if student.direct > 1 else student.direct
     scheduler = LCMScheduler(
         num_train_timesteps=label + 1,
-        trained_betas=_betas(denoiser, label, alpha),
+        trained_betas=betas(denoiser, label, alpha),
         prediction_type="epsilon" if student.direct > 1 else "v_prediction",
         original_inference_steps=1,
         timestep_scaling=1e10,  # LCM's skip connection vanishes: c_skip < 1e-19
@@ -199,7 +206,7 @@ def _table_scheduler(
         raise UserError(f"{refusal}: timesteps {[round(x, 2) for x in labels]} are not evenly spaced down to -1")
     settings = {
         "num_train_timesteps": label + 1,
-        "trained_betas": _betas(denoiser, label, denoiser.process.alpha(times[:1]).item()),
+        "trained_betas": betas(denoiser, label, denoiser.process.alpha(times[:1]).item()),
         "prediction_type": kind,
         "clip_sample": sampler.clip_sample,
         "set_alpha_to_one": True,
@@ -234,10 +241,8 @@ def _class_flow_plan(denoiser: Denoiser, sampler: StudentSampler, first: OneStep
     """DiT's pipeline has its scheduler scale the input, which one alone of the flow schedulers can."""
     steps = len(sampler.times)
     if steps > 1 and not (sampler.renoising == "ddim" and _evenly_told(denoiser, sampler)):
-        raise UserError(
-            f"no stock scheduler runs this class-conditional flow in {steps} steps: it takes method.renoising=ddim "
-            "and a network that is told a multiple of sigma, from sigma 1 (method.init_ratio=.inf)"
-        )
+        needs = "method.renoising=ddim and a network told a multiple of sigma, from sigma 1 (method.init_ratio=.inf)"
+        raise UserError(f"no stock scheduler runs this class-conditional flow in {steps} steps: it takes {needs}")
     if "FlowMapEulerDiscreteScheduler" not in dir(diffusers):
         raise UserError("a class-conditional flow student needs FlowMapEulerDiscreteScheduler; upgrade diffusers")
     label = max(1, round(first.label))
@@ -278,15 +283,6 @@ def _evenly_told(denoiser: Denoiser, sampler: StudentSampler) -> bool:
     levels = process.sigma(torch.tensor(sampler.times, dtype=torch.float64)).tolist()
     even = all(math.isclose(level, 1 - k / steps, rel_tol=1e-9) for k, level in enumerate(levels))
     return even and isinstance(process, Flow) and not process.reversed_label
-
-
-def _betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
-    """``label + 1`` betas that end at ``alpha``: the teacher's own table where it does, else one last step."""
-    if isinstance(denoiser.native, VP):
-        table = denoiser.native.alphas_cumprod.double()[: label + 1]
-        if len(table) == label + 1 and math.isclose(table[-1].sqrt().item(), alpha, rel_tol=1e-6):
-            return (1 - table / torch.cat([table.new_ones(1), table[:-1]])).tolist()
-    return [0.0] * label + [1 - alpha**2]
 
 
 def _refuse_unscalable(network: nn.Module) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .conditions import Cond
 from .denoiser import Denoiser
-from .samplers import StudentSampler
+from .process import VP
+from .samplers import MOST_JUMPS, StudentSampler
 
 _ONE = torch.ones(1, 1, dtype=torch.float64)
 
@@ -49,6 +50,15 @@ def _constant(denoiser: Denoiser, value: float, seen: list[tuple[float, float]])
     return replace(denoiser, call=call)
 
 
+def betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
+    """``label + 1`` betas that end at ``alpha``: the teacher's own table where it does, else one last step."""
+    if isinstance(denoiser.native, VP):
+        table = denoiser.native.alphas_cumprod.double()[: label + 1]
+        if len(table) == label + 1 and math.isclose(table[-1].sqrt().item(), alpha, rel_tol=1e-6):
+            return (1 - table / torch.cat([table.new_ones(1), table[:-1]])).tolist()
+    return [0.0] * label + [1 - alpha**2]
+
+
 def grid_settings(denoiser: Denoiser, sampler: StudentSampler) -> dict[str, Any]:
     """The settings of ``pipelines/student_v1.py``'s scheduler: what every call does, read off the denoiser."""
     process, calls = denoiser.process, []
@@ -61,3 +71,11 @@ def grid_settings(denoiser: Denoiser, sampler: StudentSampler) -> dict[str, Any]
         calls.append({"label": label, "alpha": alpha, "sigma": sigma, "input": fed, "skip": skip, "output": output})
     start = process.student_input(_ONE, torch.tensor(sampler.times[:1], dtype=torch.float64), sampler.input).item()
     return {"calls": calls, "start": start, "renoising": sampler.renoising, "clip_sample": sampler.clip_sample}
+
+
+def map_settings(denoiser: Denoiser, sampler: StudentSampler) -> dict[str, Any]:
+    """The settings of ``pipelines/flow_map_v1.py``'s scheduler: what a call does at every level of any grid."""
+    assert sampler.target_time is not None
+    fine = grid_settings(denoiser, sampler.in_steps(MOST_JUMPS))
+    end = denoiser.process.label(torch.tensor([sampler.target_time], dtype=torch.float64)).item()
+    return {"levels": fine["calls"], "end": end, "start": fine["start"], "clip_sample": sampler.clip_sample}

@@ -180,7 +180,7 @@ class Outcome:
         if self.teacher.family is PLAIN:
             return plain_usage(place, self.teacher)
         code = code_of(folder)
-        return usage(
+        lines = usage(
             place,
             hosted.steps,
             self._call(hosted),
@@ -188,6 +188,7 @@ class Outcome:
             code=code and code.stem,
             sole=hosted.grid is not None,
         )
+        return lines + ("\n# or in more jumps of its flow map: num_inference_steps=4" if hosted.is_map else "")
 
     def _call(self, hosted: Plan) -> dict[str, Any]:
         """What a stock call says beside its number of steps, for the samples 0 and 1."""

@@ -167,6 +167,10 @@ Renoising = Literal["fresh", "fixed", "ddim"]
 the noise it started from, or the noise it has itself predicted (DDIM, deterministic)."""
 
 
+MOST_JUMPS = 120
+"""Of a flow map: a number that many others divide; an exported one keeps as many levels."""
+
+
 @dataclass(frozen=True)
 class StudentSampler:
     """How a student turns noise into samples: ``x0`` at the first level, then re-noise and predict again.
@@ -179,24 +183,31 @@ class StudentSampler:
     input: InputScale = "sigma"
     """What the first call is fed."""
     target_time: float | None = None
-    """The constant target time told to a network with two times."""
+    """Told to a network with two times: of the last call; earlier ones are told the next level."""
     renoising: Renoising = "fresh"
     """What later calls are fed."""
     clip_sample: bool = False
     """Keep every ``x0`` in [-1, 1], the range of pictures; no gradient comes from beyond it."""
+    any_steps: bool = False
+    """The network with two times has learned to go on from any level: ``in_steps`` are samplers of it too."""
 
     def __post_init__(self) -> None:
         if any(now <= then for now, then in pairwise(self.times)):
             raise ValueError(f"the times of a few-step student must decrease, got {self.times}")
 
-    def cond(self, process: NoiseProcess, cond: Cond, like: Tensor) -> Cond:
-        """``cond`` and, for a network with two times, the label of the target time."""
+    def in_steps(self, steps: int) -> StudentSampler:
+        """So many jumps of a flow map, in steps of the process' time that are even but for rounding to its 120th."""
+        if not 1 <= steps <= MOST_JUMPS:
+            raise ValueError(f"steps must be 1 to {MOST_JUMPS}, got {steps}")
+        shares = [1 - round(k * MOST_JUMPS / steps) / MOST_JUMPS for k in range(steps)]
+        return replace(self, times=tuple(self.times[0] * share for share in shares))
+
+    def cond(self, process: NoiseProcess, cond: Cond, like: Tensor, call: int = -1) -> Cond:
+        """``cond`` and, for a network with two times, the label of where ``call`` leads."""
         if self.target_time is None:
             return cond
-        return {
-            **cond,
-            "target_label": process.label(like.new_full((len(like),), self.target_time, dtype=torch.float64)),
-        }
+        target = (*self.times[1:], self.target_time)[call]
+        return {**cond, "target_label": process.label(like.new_full((len(like),), target, dtype=torch.float64))}
 
     def trace(
         self, denoiser: Denoiser, noise: Tensor, cond: Cond = NO_COND, *, renoise: Callable[[], Tensor] | None = None
@@ -205,16 +216,22 @@ class StudentSampler:
 
         A call's gradient ends at its input: few-step students learn one call at a time (few-step SiD, DMD2).
         """
-        process, cond = denoiser.process, self.cond(denoiser.process, cond, noise)
+        process = denoiser.process
         t, *levels = (noise.new_full((len(noise),), time, dtype=torch.float64) for time in self.times)
-        prediction = self.shown(denoiser(process.student_input(noise, t, self.input), t, cond))
+        # Of a network with two times, what leads to another level is no picture.
+        on_the_way = self.target_time is not None and len(levels) > 0
+        prediction = denoiser(process.student_input(noise, t, self.input), t, self.cond(process, cond, noise, 0))
+        prediction = prediction if on_the_way else self.shown(prediction)
         yield prediction
-        for t in levels:
+        for call, t in enumerate(levels, 1):
             if self.renoising == "fresh":
                 eps = torch.randn_like(noise) if renoise is None else renoise()
             else:
                 eps = noise if self.renoising == "fixed" else prediction.eps
-            prediction = self.shown(denoiser(process.add_noise(prediction.x0.detach(), eps.detach(), t), t, cond))
+            x_t = process.add_noise(prediction.x0.detach(), eps.detach(), t)
+            prediction = denoiser(x_t, t, self.cond(process, cond, noise, call))
+            on_the_way = self.target_time is not None and call < len(levels)
+            prediction = prediction if on_the_way else self.shown(prediction)
             yield prediction
 
     def shown(self, prediction: Prediction) -> Prediction:

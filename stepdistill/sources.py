@@ -127,6 +127,7 @@ def read_index(path: Path, source: str, *, student: bool = False) -> tuple[dict[
     index = read_json(path, source)
     if isinstance(index.get("_class_name"), list):
         index["_class_name"] = _behind(path.with_name(DESCRIPTION), source, student=student)
+        index.pop("target_embedding", None)  # of a flow map, by the same file
     foreign = [value[0] for value in index.values() if isinstance(value, list) and value[0] not in (None, *_LIBRARIES)]
     if foreign:
         raise UserError(f"{source} has parts by code of its own ({', '.join(map(str, foreign))}), which is not run")

@@ -131,7 +131,10 @@ def learned(source: str, host: Teacher) -> tuple[Denoiser, StudentSampler]:
     if host.family is PLAIN:
         found = load_plain(source, copy.deepcopy(host.network))
         return found.denoiser, found.sampler
-    told, network = described(source), _network(source, host)
+    told = described(source)
+    if told.sole and told.sampler.any_steps:
+        raise UserError(f"{source} is told where to go by its own pipeline file alone; export it without own_code")
+    network = _network(source, host)
     name = read_json(Path(source) / "scheduler" / "scheduler_config.json", source).get("_class_name")
     kind: Any = next((kind for kind in SUPPORTED if kind.__name__ == name), None)
     if len(told.sampler.times) > 1 and kind is not None and not told.sole:

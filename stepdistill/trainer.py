@@ -236,7 +236,8 @@ class Trainer:
         """Continue exactly where ``save`` was called."""
         self.accelerator.load_state(str(folder))
         if (folder / self._memory_file).is_file():
-            self.memory.update(load_file(folder / self._memory_file, device=str(self.accelerator.device)))
+            read = load_file(folder / self._memory_file, device=str(self.accelerator.device))
+            self.memory.update({key: value.clone() for key, value in read.items()})  # aligned, as it was
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
 

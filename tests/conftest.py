@@ -1,5 +1,6 @@
 """Fixtures: tiny teachers on disk, made here, so that the real loading code runs without a hub."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDIMPipeline,
     DDIMScheduler,
@@ -20,12 +22,29 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.utils import logging
+from elsewhere import Elsewhere
+from families import build
 
-from stepdistill import outcome
+from stepdistill import outcome, prompts
 from stepdistill.teacher import Teacher
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: half a second less for every collection of garbage, of which runs make many."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_pictures():
+    """The picture at the end of a run takes as long as a short run itself: four samples, in two steps of a teacher."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teacher, "picture_steps", 2)
+        patch.setattr(outcome, "_SHOWN", 4)
+        yield
 
 
 def tiny_unet(*, seed: int = 0, **options) -> UNet2DModel:
@@ -46,7 +65,7 @@ def tiny_unet(*, seed: int = 0, **options) -> UNet2DModel:
 
 
 def make_teacher(folder: Path, kind: str = "ddpm") -> Path:
-    """Save a tiny pipeline: ddpm, ddim, v, x0, consistency (class-conditional), flow or edm."""
+    """Save a tiny pipeline: ddpm, ddim, v, x0, consistency (class-conditional), flow, edm or cm."""
     ddim: Any = DDIMScheduler(clip_sample=False)
     flow: Any = FlowMatchEulerDiscreteScheduler()
     edm: Any = EDMEulerScheduler()
@@ -58,18 +77,10 @@ def make_teacher(folder: Path, kind: str = "ddpm") -> Path:
         "consistency": lambda: ConsistencyModelPipeline(tiny_unet(num_class_embeds=4), ddim),
         "flow": lambda: DDPMPipeline(tiny_unet(), flow),
         "edm": lambda: ConsistencyModelPipeline(tiny_unet(), edm),
+        "cm": lambda: ConsistencyModelPipeline(tiny_unet(), CMStochasticIterativeScheduler()),
     }
     pipelines[kind]().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_pictures():
-    """The picture at the end of a run is of few samples and steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Teacher, "picture_steps", 2)
-        patch.setattr(outcome, "_SHOWN", 4)
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +94,32 @@ def teachers(tmp_path_factory: pytest.TempPathFactory):
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory):
+    """``folders(name)`` is the folder of the tiny pipeline of that family, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = build(name, tmp_path_factory.mktemp("families") / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """Encoded prompts go to a folder of their own."""
+    kept, prompts.CACHE = prompts.CACHE, tmp_path_factory.mktemp("prompts")
+    yield prompts.CACHE
+    prompts.CACHE = kept
+
+
+@pytest.fixture(scope="session")
+def elsewhere():
+    """``elsewhere(code)`` runs where stepdistill cannot be imported, in one process for all tests."""
+    process = Elsewhere()
+    yield process
+    process.close()

@@ -54,32 +54,16 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("kind", ["ddpm", "v", "x0", "flow", "edm"])
-def test_every_kind_of_teacher_becomes_a_student(kind, teachers, tmp_path):
+def test_a_run_leaves_a_student_its_settings_and_a_card(teachers, tmp_path):
     folder = tmp_path / "run"
-    options = ["method.low_memory=true", "method.input=sigma", "method.init_ratio=2.5"] if kind == "ddpm" else []
-    options += ["method.input=sigma"] if kind == "edm" else []
-    assert run(f"teacher={teachers(kind)}", f"output_dir={folder}", "steps=2", *options) == 0
+    options = ["method.low_memory=true", "method.input=sigma", "method.init_ratio=2.5"]
+    assert run(f"teacher={teachers()}", f"output_dir={folder}", "steps=2", *options) == 0
     assert (folder / "student/model_index.json").is_file()
     assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 2
-    with pytest.raises(SystemExit) as stopped:
-        main(["sample", str(folder / "student"), "--out", str(tmp_path / "images"), "--count", "2"])
-    assert stopped.value.code == 0
     card = (folder / "student/README.md").read_text()
     assert "library_name: diffusers" in card
     assert "DiffusionPipeline.from_pretrained" in card
     assert [row["step"] for row in metrics(folder)] == [1, 2]
-
-
-@pytest.mark.parametrize(("kind", "t_max"), [("ddpm", 0.7), ("v", 1.0), ("flow", 1.0)])
-def test_boot_too(kind, t_max, teachers, tmp_path):
-    folder = tmp_path / "run"
-    code = run(
-        f"teacher={teachers(kind)}", f"output_dir={folder}", "steps=2", f"method.t_max={t_max}", config="digits_boot"
-    )
-    assert code == 0
-    assert (folder / "student/model_index.json").is_file()
-    assert {"student/bootstrap", "student/boundary"} <= metrics(folder)[0].keys()
 
 
 def test_class_conditional_teacher_needs_labels_and_then_works(teachers, tmp_path, capsys):

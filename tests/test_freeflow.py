@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stepdistill.backbones import conditioned, unet2d
 from stepdistill.conditions import Cond
-from stepdistill.denoiser import Denoiser, Target
+from stepdistill.denoiser import Denoiser, Prediction, Target
 from stepdistill.export import export, export_error
 from stepdistill.hosting import plan
 from stepdistill.methods import Batch, FreeFlow, Loss
@@ -70,8 +70,14 @@ def exact_nets(process: NoiseProcess, target: Target = "x0", law: Mixture = LAW,
 
 
 def residual(method: FreeFlow, nets, noise: Tensor, s: Tensor) -> Tensor:
-    told = method.told(nets["student"], noise, s, {})
-    return method.residual(nets, noise, told.x0, told.eps, s, {})
+    z, t = method.starts(nets["student"], noise, 0, {})
+    told = method.told(nets["student"], z, t, s, {})
+    return method.residual(nets, z, t, told.x0, told.eps, s, {})
+
+
+def led(method: FreeFlow, student: Denoiser, noise: Tensor, s: Tensor) -> Prediction:
+    """What the student says where noise enters when told to go to ``s``."""
+    return method.told(student, *method.starts(student, noise, 0, {}), s, {})
 
 
 def inside(method: FreeFlow, process: NoiseProcess, count: int) -> Tensor:
@@ -92,6 +98,42 @@ def test_residual_of_the_exact_map_is_zero(process, target):
 
 
 @every_process
+def test_residual_of_the_exact_map_is_zero_from_where_it_has_itself_led(process):
+    """And a difference that does not cross its start is that of forward mode."""
+    torch.manual_seed(0)
+    noise, nets = torch.randn(9, 2, dtype=torch.float64), exact_nets(process)
+    method = method_for(process, derivative="exact", start_share=0.9)
+    start, end = method.ends(process)
+    z, t = method.starts(nets["student"], noise, 6, {})
+    assert ((t < start - 1e-3) == (torch.arange(9) < 6)).all()
+    where = flow_map(LAW, FLOW, method.starts(nets["student"], noise, 0, {})[0], torch.full_like(t, start), t)
+    torch.testing.assert_close(z, where, rtol=1e-9, atol=1e-9)
+    s = end + (t - end) * 0.6
+    told = method.told(nets["student"], z, t, s, {})
+    assert method.residual(nets, z, t, told.x0, told.eps, s, {}).abs().max() < 1e-9
+    fine = replace(method, derivative="finite", difference=1e-4)
+    slopes = [each.slope(nets["still"], z, t, s, {}) for each in (method, fine)]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-4, atol=1e-5)
+
+
+@every_process
+def test_the_exact_map_makes_the_same_sample_in_any_number_of_steps(process):
+    torch.manual_seed(0)
+    noise, student = torch.randn(5, 2, dtype=torch.float64), exact_student(LAW, process)
+    sampler = method_for(process, start_share=0.5).sampler(process)
+    assert sampler.any_steps
+    assert not method_for(process).sampler(process).any_steps
+    end = torch.zeros(5, dtype=torch.float64)
+    states = []
+    for steps in (1, 2, 3, 7):
+        *earlier, last = sampler.in_steps(steps).trace(student, noise)
+        assert len(earlier) == steps - 1
+        states.append(process.add_noise(last.x0, last.eps, end))  # where the table ends, which is not quite the sample
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0], rtol=1e-8, atol=1e-8)
+
+
+@every_process
 def test_the_map_begins_with_the_teachers_velocity_and_ends_with_the_sample(process):
     torch.manual_seed(0)
     method, noise = method_for(process), torch.randn(4, 2, dtype=torch.float64)
@@ -99,12 +141,12 @@ def test_the_map_begins_with_the_teachers_velocity_and_ends_with_the_sample(proc
     student, teacher = exact_student(LAW, process), LAW.denoiser(process)
     t = noise.new_full((4,), method.sampler(process).times[0])
     x = process.student_input(noise, t, method.input)
-    told = method.told(student, noise, torch.full_like(t, start - 1e-7), {})
+    told = led(method, student, noise, torch.full_like(t, start - 1e-7))
     torch.testing.assert_close(velocity(told), velocity(teacher(x, t)), rtol=1e-5, atol=1e-5)
     a, s = process.coefficients(t, x)
     state = flow_map(LAW, FLOW, x / (a + s), torch.full_like(t, start), torch.full_like(t, end))
     sample = method.sampler(process)(student, noise)
-    told = method.told(student, noise, torch.full_like(t, end), {})
+    told = led(method, student, noise, torch.full_like(t, end))
     torch.testing.assert_close(told.x0, sample, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(FLOW.add_noise(told.x0, told.eps, torch.full_like(t, end)), state)
 
@@ -115,9 +157,9 @@ def test_mean_velocity_under_rectified_flow_is_the_known_one():
     method, student = FreeFlow(), exact_student(LINE, Flow())
     for d in (1e-6, 0.3, 0.8, 1.0):
         spread = math.sqrt(d * d * LINE_VARIANCE + (1 - d) ** 2)
-        told = method.told(student, noise, torch.full((3,), 1 - d, dtype=torch.float64), {})
+        told = led(method, student, noise, torch.full((3,), 1 - d, dtype=torch.float64))
         torch.testing.assert_close(velocity(told), LINE_MEAN + (spread - 1) / d * noise, rtol=1e-8, atol=1e-8)
-    told = method.told(student, noise, torch.full((3,), 1 - 1e-6, dtype=torch.float64), {})
+    told = led(method, student, noise, torch.full((3,), 1 - 1e-6, dtype=torch.float64))
     torch.testing.assert_close(velocity(told), LINE_MEAN - noise, rtol=1e-5, atol=1e-5)
 
 
@@ -158,7 +200,7 @@ def test_finite_derivative_is_the_exact_one(process, target):
     noise, student = torch.randn(7, 2, dtype=torch.float64), exact_student(LAW, process, target)
     exact, finite = (method_for(process, derivative=kind, difference=1e-4) for kind in ("exact", "finite"))
     s = inside(exact, process, 7)
-    slopes = [method.slope(student, noise, s, {}) for method in (exact, finite)]
+    slopes = [method.slope(student, *method.starts(student, noise, 0, {}), s, {}) for method in (exact, finite)]
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-5, atol=1e-6)
     assert slopes[0].abs().max() > 0.1
 
@@ -167,14 +209,16 @@ def test_difference_stays_between_the_ends_of_the_map():
     told = []
 
     class Watched(FreeFlow):
-        def told(self, student, noise, s, cond):
+        def told(self, student, z, t, s, cond):
             told.append(s)
-            return super().told(student, noise, s, cond)
+            return super().told(student, z, t, s, cond)
 
     method, process = Watched(init_ratio=9.0, difference=0.3), PROCESSES["vp"]
     start, end = method.ends(process)
     noise, s = torch.randn(3, 2, dtype=torch.float64), torch.tensor([end, 0.5, start], dtype=torch.float64)
-    method.slope(exact_student(LAW, process), noise, s.clamp(end + 1e-9, start - 1e-9), {})
+    student = exact_student(LAW, process)
+    z, t = method.starts(student, noise, 0, {})
+    method.slope(student, z, t, s.clamp(end + 1e-9, start - 1e-9), {})
     torch.testing.assert_close(told[0], torch.tensor([end, 0.2, start - 0.3, end + 0.3, 0.8, start]).double())
 
 
@@ -442,7 +486,7 @@ def test_map_of_an_untrained_student_is_the_teachers_own_prediction(process, tar
     deaf = replace(teacher, call=lambda network, x, label, cond: network(x, label))
     t = noise.new_full((5,), method.sampler(process).times[0])
     first = teacher(process.student_input(noise, t, method.input), t)
-    told = method.told(deaf, noise, inside(method, process, 5), {})
+    told = led(method, deaf, noise, inside(method, process, 5))
     torch.testing.assert_close(velocity(told), velocity(first))
     torch.testing.assert_close(method.sampler(process)(deaf, noise), first.x0)
     nets = {"teacher": teacher, "student": deaf, "still": deaf}
@@ -517,9 +561,9 @@ def test_exported_student_is_its_sampler_and_the_end_of_its_map(process, target,
     assert export_error(denoiser, sampler, tmp_path / "student", shape=SHAPE, cond={}) < 1e-5
     noise, end = torch.randn(3, *SHAPE), torch.full((3,), method.ends(process)[1], dtype=torch.float64)
     with torch.no_grad():
-        trained = method.told(denoiser, noise, end, {}).x0
+        trained = led(method, denoiser, noise, end).x0
         torch.testing.assert_close(trained, sampler(denoiser, noise), rtol=1e-4, atol=1e-4)
-        elsewhere = method.told(denoiser, noise, end + 0.4, {}).x0
+        elsewhere = led(method, denoiser, noise, end + 0.4).x0
     assert (elsewhere - trained).abs().max() > 1e-2
 
 
@@ -530,7 +574,8 @@ def test_exact_derivative_passes_through_attention(process, target):
     exact, finite = (FreeFlow(derivative=kind, difference=1e-4, init_ratio=9.0) for kind in ("exact", "finite"))
     s = torch.tensor([0.3, 0.5, 0.7], dtype=torch.float64)
     with torch.no_grad():
-        slopes = [method.slope(student, noise.double(), s, {}) for method in (exact, finite)]
+        z, t = exact.starts(student, noise.double(), 0, {})
+        slopes = [method.slope(student, z, t, s, {}) for method in (exact, finite)]
     assert (slopes[1] - slopes[0]).abs().max() < 0.01 * slopes[0].abs().max()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from conftest import tiny_unet
 from diffusers import DiffusionPipeline
 from families import build
 
-from stepdistill import prompts as prompts_module
 from stepdistill.backbones import unet2d
 from stepdistill.config import Config
 from stepdistill.denoiser import Denoiser, Target
@@ -62,26 +59,24 @@ def test_any_grid_under_any_process_runs_in_the_students_own_pipeline(process, t
 
 
 PLAIN = """
-import sys, torch
-sys.modules["stepdistill"] = None
+import torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-first = pipe(batch_size=4, generator=[torch.Generator().manual_seed(k) for k in range(4)], output_type="np").images
-pipe.save_pretrained(sys.argv[2])
-pipe = DiffusionPipeline.from_pretrained(sys.argv[2], trust_remote_code=True)
-again = pipe(batch_size=4, generator=[torch.Generator().manual_seed(k) for k in range(4)], output_type="np").images
-assert (first == again).all()
-torch.save(torch.from_numpy(first), sys.argv[3])
+def drawn(folder):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    generators = [torch.Generator().manual_seed(k) for k in range(4)]
+    return pipe, pipe(batch_size=4, generator=generators, output_type="np").images
+pipe, image = drawn({folder!r})
+pipe.save_pretrained({copy!r})
+_, again = drawn({copy!r})
+assert (image == again).all()
 """
 
 
-def test_without_stepdistill_a_plain_call_and_a_saved_copy_give_the_samplers_images(tmp_path):
+def test_without_stepdistill_a_plain_call_and_a_saved_copy_give_the_samplers_images(elsewhere, tmp_path):
     process, target, sampler = GRIDS[0]
     denoiser, folder = student(process, target), tmp_path / "student"
     export(denoiser, sampler, plan(denoiser, sampler, classes=None, own_code=True), folder, shape=SHAPE, cond={})
-    words = [str(folder), str(tmp_path / "copy"), str(tmp_path / "images.pt")]
-    subprocess.run([sys.executable, "-c", PLAIN, *words], check=True)
-    images = torch.load(tmp_path / "images.pt", weights_only=True).permute(0, 3, 1, 2)
+    images = elsewhere(PLAIN.format(folder=str(folder), copy=str(tmp_path / "copy"))).permute(0, 3, 1, 2)
     noise = SampleNoise(range(4), SHAPE)
     with torch.no_grad():
         expected = sampler(denoiser, noise(), renoise=noise) / 2 + 0.5
@@ -112,15 +107,14 @@ def test_another_number_of_steps_than_the_grid_has_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart", "sana", "flux", "dit", "sit"])
-def test_plain_calls_of_every_family_are_right(name, tmp_path, monkeypatch, capsys):
+def test_plain_calls_of_every_family_are_right(name, folders, cache, tmp_path, capsys):
     """The export itself calls the pipeline with prompt or label alone and compares it with the sampler."""
-    monkeypatch.setattr(prompts_module, "CACHE", tmp_path / "prompts")
     data: dict[str, Any] = {"class_labels": [3, 7]} if name in ("dit", "sit") else {"prompts": ["a cat", "a dog"]}
     if name in ("flux", "sana"):
         data["resolution"] = {"flux": 16, "sana": 32}[name]
     ratio = 5.0 if name in ("sd", "sdxl", "pixart", "dit") else float("inf")
     values = {
-        "teacher": str(build(name, tmp_path / name)),
+        "teacher": str(folders(name)),
         "output_dir": str(tmp_path / "run"),
         "steps": 1,
         "method": {"name": "sid", "steps": 2, "init_ratio": ratio, "input": "unit"},

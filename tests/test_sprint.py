@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +27,6 @@ from stepdistill.samplers import StudentSampler
 from stepdistill.teacher import Teacher, load_teacher
 
 TBCM = {"name": "tbcm", "route_points": 3, "jvp": "finite", "input": "unit"}
-WITHOUT = """
-import json, sys, torch
-sys.modules["stepdistill"] = None
-space = {}
-for line in sys.argv[1].splitlines():
-    torch.manual_seed(1)  # loading draws numbers too
-    exec(line, space)
-torch.save(torch.from_numpy(space["image"]), sys.argv[2])
-"""
 
 
 @pytest.fixture
@@ -74,7 +63,9 @@ def sampled(run: Run) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("scale", "steps"), [(0.001, 2), (1.0, 1)])
-def test_a_student_of_sana_runs_in_sana_sprints_pipeline_where_stepdistill_is_not(scale, steps, quick, tmp_path):
+def test_a_student_of_sana_runs_in_sana_sprints_pipeline_where_stepdistill_is_not(
+    scale, steps, quick, elsewhere, tmp_path
+):
     teacher = build("sana", tmp_path / "teacher", timestep_scale=scale)
     run = trained(teacher, tmp_path / "run", {**TBCM, "steps": steps}, 32, export={"sana_sprint": True})
     folder = run.outcome.student_folder
@@ -82,8 +73,7 @@ def test_a_student_of_sana_runs_in_sana_sprints_pipeline_where_stepdistill_is_no
     assert (index["_class_name"], index["scheduler"][1]) == ("SanaSprintPipeline", "SCMScheduler")
     lines = lines_of(folder)
     assert "guidance_scale" not in lines
-    subprocess.run([sys.executable, "-c", WITHOUT, lines, str(tmp_path / "image.pt")], check=True)
-    image = torch.load(tmp_path / "image.pt", weights_only=True)
+    image = elsewhere(lines, seed=1)
     torch.testing.assert_close(image, sampled(run), atol=1e-5, rtol=0)
     assert image.std() > 0.01
     sample(Sampling(source=str(folder)), tmp_path / "images", count=2)

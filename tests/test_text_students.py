@@ -139,6 +139,25 @@ def test_a_one_step_student_draws_what_it_is_asked_nearly_as_often_as_its_teache
     assert student["metrics"]["fid"]["value"] <= 2 * teacher["metrics"]["fid"]["value"]
 
 
+LEARNED = {
+    "guided away from a negative prompt": ("digits_text_sid", GUIDED),
+    "zero-cfg": ("digits_text_sid", ZERO),
+    "adapters for both": (
+        "digits_text_sid",
+        [f"training.lora.{role}={{rank: 16}}" for role in ("student", "fake")] + ["training.optimizer.lr=1e-3"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", LEARNED)
+def test_guided_adapted_and_zero_cfg_students_draw_what_they_are_asked(variant, tmp_path):
+    recipe, told = LEARNED[variant]
+    teacher, student = reached(recipe, tmp_path / "run", "evaluate.teacher_steps=[50]", *told)
+    assert student["prompt_accuracy"] >= 0.9 * teacher["prompt_accuracy"]
+    assert student["metrics"]["fid"]["value"] <= 2 * teacher["metrics"]["fid"]["value"]
+
+
 def reached(recipe: str, folder: Path, *told: str) -> list[dict[str, Any]]:
     """What 300 steps of ``recipe`` come to, on 600 samples."""
     words = ["steps=300", "training.trackers=[]", "training.preview_every=0"]

@@ -99,10 +99,13 @@ class Conditioned(nn.Module):
 
     @torch.no_grad()
     def folded(self, target_label: float | None = None) -> nn.Module:
-        """A stock copy with the target time and the scale fixed: what they add is constant, hence part of a bias."""
+        """A stock copy with the target time and the scale fixed: what they add is constant, hence part of a bias.
+
+        Without a ``target_label`` the copy of a network that is told one still lacks what its embedding adds.
+        """
         fixed = {"target_label": target_label, "guidance_scale": self.scale}
-        told = {name: torch.tensor([value]) for name, value in fixed.items() if name in self.embeddings}
-        stock, shift = copy.deepcopy(self.network), self._shift(told)[0]
+        told = {name: torch.tensor([fixed[name]]) for name in self.embeddings if fixed[name] is not None}
+        stock, shift = copy.deepcopy(self.network), self._shift(told)[0] if told else 0
         for place, part in list(stock.named_modules()):
             if isinstance(part, _Shifted):
                 part.inner.linear_2.bias.add_(shift)

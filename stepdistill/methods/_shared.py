@@ -188,6 +188,25 @@ def pixel_sum(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1)
 
 
+FLOW = Flow()
+"""Rectified flow, ``x_t = (1 - t) x0 + t eps``: the coordinates of FreeFlow."""
+
+
+def velocity(prediction: Prediction) -> Tensor:
+    """``u = x0 - eps``, from noise to data: minus the velocity of the rectified flow."""
+    return prediction.x0 - prediction.eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """``E||x||`` of ``(B, ...)``, a scalar."""
+    return pixel_sum(x.square()).sqrt().mean()
+
+
+def descent(x: Tensor, direction: Tensor) -> Tensor:
+    """``|x - sg[x - direction]|^2 / 2`` per pixel: of gradient ``direction`` over the number of pixels; scalar."""
+    return 0.5 * pixel_mean((x - (x - direction).detach()).square()).mean()
+
+
 def regression_weight(denoiser: Denoiser, prediction: Prediction) -> Tensor:
     """``lambda(t)`` that turns ``|x0_hat - x0|^2`` into the loss the network was trained with, ``(B,)`` float64.
 

@@ -15,7 +15,8 @@ Any teacher will do: its states only change coordinates.  Where noise enters bel
     f(z_0, delta) = z_0 + delta F,  D_G = F + delta dF/ddelta - u(f, t_0 - delta),  0 <= delta <= t_0.
 
 The sample ``z_0 + t_0 F`` is the ``x0`` that the network states about ``z_0 = (1 - t_0) x0 + t_0 eps``, for
-``F = x0 - eps``; at ``delta = 0`` it is the teacher's own prediction.
+``F = x0 - eps``; at ``delta = 0`` it is the teacher's own prediction.  With ``start_share`` (not in the paper) some of
+the predictions start at a ``t < t_0``, where the student's own map has led: then any number of jumps make a sample.
 """
 
 from __future__ import annotations
@@ -30,39 +31,24 @@ from torch import Tensor
 
 from ..conditions import Cond, concatenate, select
 from ..denoiser import Denoiser, Prediction, without_autocast
-from ..process import Flow, InputScale, NoiseProcess, broadcast
+from ..process import InputScale, NoiseProcess, broadcast
 from ..samplers import StudentSampler
 from ._shared import (
+    FLOW,
     LogNormalTimes,
     TimeLaw,
     UniformTimes,
     check_start,
     denoising_loss,
+    descent,
     flow_time,
     forward_mode,
+    norm,
     pixel_mean,
-    pixel_sum,
     time_at_ratio,
+    velocity,
 )
 from .base import Batch, Loss, Method, Nets, Turn
-
-FLOW = Flow()
-"""The coordinates of the paper."""
-
-
-def velocity(prediction: Prediction) -> Tensor:
-    """``u = x0 - eps``, from noise to data: minus the velocity of the rectified flow."""
-    return prediction.x0 - prediction.eps
-
-
-def norm(x: Tensor) -> Tensor:
-    """``E||x||`` of ``(B, ...)``, a scalar."""
-    return pixel_sum(x.square()).sqrt().mean()
-
-
-def descent(x: Tensor, direction: Tensor) -> Tensor:
-    """``|x - sg[x - direction]|^2 / 2`` per pixel: of gradient ``direction`` over the number of pixels; scalar."""
-    return 0.5 * pixel_mean((x - (x - direction).detach()).square()).mean()
 
 
 @torch.no_grad()
@@ -92,6 +78,8 @@ class FreeFlow(Method):
     """Floor of that weight, and of the norm that the correction is divided by."""
     derivative: Literal["finite", "exact"] = "finite"
     """``dF/ddelta``: a central difference (two passes), or forward mode (exact, without fused attention)."""
+    start_share: float = 0.0
+    """Share of the prediction that starts on the way; 0 is the paper's, for one step alone."""
     difference: float = 0.05
     """Half the width of the central difference in ``delta``.  A network told labels up to a thousand wiggles between
     them, and a finer difference reads the wiggles, like the exact derivative: ten times too much at 0.01 on digits."""
@@ -107,8 +95,9 @@ class FreeFlow(Method):
     """What the student is fed: the noise itself, or ``sigma`` times it (VE)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.prediction_share < 1:
-            raise ValueError(f"prediction_share must lie in (0, 1), got {self.prediction_share}")
+        if not (0 < self.prediction_share < 1 and 0 <= self.start_share < 1):
+            shares = f"prediction_share = {self.prediction_share}, start_share = {self.start_share}"
+            raise ValueError(f"shares must lie in (0, 1), that of starts may be 0; got {shares}")
         if not (self.correction_ratio >= 0 and self.decay >= 0):
             raise ValueError(f"correction_ratio = {self.correction_ratio}, decay = {self.decay} must not be negative")
         for name in ("eps", "difference", "init_ratio", "fake_updates"):
@@ -135,7 +124,8 @@ class FreeFlow(Method):
 
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         start = time_at_ratio(process, self.init_ratio)
-        return StudentSampler((start,), self.input, 0.0, clip_sample=self.clip_sample)
+        any_steps = self.start_share > 0
+        return StudentSampler((start,), self.input, 0.0, "ddim", clip_sample=self.clip_sample, any_steps=any_steps)
 
     def fake_loss(self, nets: Nets, batch: Batch) -> Loss:
         """Denoising score matching on the student's samples, in rectified-flow coordinates."""
@@ -151,11 +141,12 @@ class FreeFlow(Method):
         noise, cond, process = batch.noise, batch.cond, nets["teacher"].process
         count = min(max(round(self.prediction_share * len(noise)), 1), len(noise) - 1)
         start, end = self.ends(process)
-        s = start - (start - end) * UniformTimes(low=0.0, high=1.0).draw(FLOW, noise[:count])
-        told = self.told(nets["student"], noise, torch.cat([s, s.new_full((len(noise) - count,), end)]), cond)
+        z, t = self.starts(nets["still"], noise, round(self.start_share * count), cond)
+        s = t[:count] - (t[:count] - end) * UniformTimes(low=0.0, high=1.0).draw(FLOW, noise[:count])
+        told = self.told(nets["student"], z, t, torch.cat([s, s.new_full((len(noise) - count,), end)]), cond)
         mean_velocity = velocity(told)
         first, second = slice(count), slice(count, None)
-        residual = self.residual(nets, noise[first], told.x0[first], told.eps[first], s, select(cond, first))
+        residual = self.residual(nets, z[first], t[first], told.x0[first], told.eps[first], s, select(cond, first))
         size = pixel_mean(residual.square())
         prediction = residual * broadcast((size + self.eps) ** -self.decay, residual)
         x0 = told.x0[second]
@@ -170,28 +161,40 @@ class FreeFlow(Method):
         """Rectified-flow times between which the map runs: ``t_0``, and where the teacher's own time ends."""
         return flow_time(process, time_at_ratio(process, self.init_ratio)), flow_time(process, 0.0)
 
-    def told(self, student: Denoiser, noise: Tensor, s: Tensor, cond: Cond) -> Prediction:
-        """What the student says of ``noise`` when told to go to ``s = t_0 - delta (B,)``; ``F`` is its ``x0 - eps``."""
+    @torch.no_grad()
+    def starts(self, still: Denoiser, noise: Tensor, on_the_way: int, cond: Cond) -> tuple[Tensor, Tensor]:
+        """States ``z (B, ...)`` and times ``t (B,)`` of rectified flow: all at ``t_0`` but the first ``on_the_way``."""
+        process, (start, end) = still.process, self.ends(still.process)
+        first = noise.new_full((len(noise),), time_at_ratio(process, self.init_ratio), dtype=torch.float64)
+        norm = broadcast(process.alpha(first) + process.sigma(first), noise)
+        z, t = process.student_input(noise, first, self.input) / norm, torch.full_like(first, start)
+        if on_the_way:
+            some = slice(on_the_way)
+            t[some] -= (start - end) * torch.rand_like(t[some])
+            there = self.told(still, z[some], torch.full_like(t[some], start), t[some], select(cond, some))
+            z = torch.cat([FLOW.add_noise(there.x0, there.eps, t[some]), z[on_the_way:]])
+        return z, t
+
+    def told(self, student: Denoiser, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Prediction:
+        """What the student says of ``z`` at ``t (B,)`` when told to go to ``s (B,)``; ``F`` is its ``x0 - eps``."""
         process = student.process
-        start = noise.new_full((len(noise),), time_at_ratio(process, self.init_ratio), dtype=torch.float64)
         label = process.label(process.time_at_log_snr(FLOW.log_snr(s)))
-        return student(process.student_input(noise, start, self.input), start, {**cond, "target_label": label})
+        return student.under(FLOW)(z, t, {**cond, "target_label": label})
 
     @torch.no_grad()
-    def residual(self, nets: Nets, noise: Tensor, x0: Tensor, eps: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    def residual(self, nets: Nets, z: Tensor, t: Tensor, x0: Tensor, eps: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """``D_G = F + delta dF/ddelta - u(f, s)`` where the student, told ``s``, says ``(x0, eps)``."""
-        f = FLOW.add_noise(x0, eps, s)  # (1 - s) x0 + s eps = z_0 + (t_0 - s) (x0 - eps)
-        delta = broadcast(self.ends(nets["teacher"].process)[0] - s, f)
-        with without_autocast(noise):  # a difference of nearly the same
-            moves = x0 - eps - delta * self.slope(nets["still"], noise, s, cond)
+        f = FLOW.add_noise(x0, eps, s)  # (1 - s) x0 + s eps = z + (t - s) (x0 - eps)
+        with without_autocast(z):  # a difference of nearly the same
+            moves = x0 - eps - broadcast(t - s, f) * self.slope(nets["still"], z, t, s, cond)
         return moves - velocity(nets["teacher"].under(FLOW)(f, s, cond))
 
-    def slope(self, still: Denoiser, noise: Tensor, s: Tensor, cond: Cond) -> Tensor:
-        """``dF/ds = -dF/ddelta`` of the student at fixed noise, ``(B, ...)``."""
+    def slope(self, still: Denoiser, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """``dF/ds = -dF/ddelta`` of the student at fixed ``z``, ``(B, ...)``."""
         if self.derivative == "exact":
-            return forward_mode(lambda at: velocity(self.told(still, noise, at, cond)), (s,), (torch.ones_like(s),))
-        start, end = self.ends(still.process)
-        below, above = (s - self.difference).clamp_min(end), (s + self.difference).clamp_max(start)
-        both = torch.cat([noise, noise]), torch.cat([below, above]), concatenate(cond, cond)
+            return forward_mode(lambda at: velocity(self.told(still, z, t, at, cond)), (s,), (torch.ones_like(s),))
+        end = self.ends(still.process)[1]
+        below, above = (s - self.difference).clamp_min(end), torch.minimum(s + self.difference, t)
+        both = torch.cat([z, z]), torch.cat([t, t]), torch.cat([below, above]), concatenate(cond, cond)
         low, high = velocity(self.told(still, *both)).chunk(2)
         return (high - low) / broadcast(above - below, high)
