@@ -26,6 +26,7 @@ from stepdistill.metrics.presets import PRESETS
 from stepdistill.metrics.protocols import FRECHET
 from stepdistill.metrics.store import FeatureStore
 from stepdistill.metrics.weights import VARIABLE, find_weights
+from stepdistill.scoring import ALONE
 
 NAMES = {"prdc": ("precision", "recall", "density", "coverage")}
 """What metrics are called in a record, where they are not called what they are."""
@@ -102,6 +103,12 @@ def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_
     expected = scored(capsys, "calc", images, others, *told)
     assert [*values(expected)] == measured(preset)
     assert np.isfinite([*values(expected).values()]).all()
+    for package, network in (
+        ("torchvision", "inception-pytorch"),
+        ("open_clip_torch", "clip"),
+        ("transformers", "dino"),
+    ):
+        assert (package in expected["versions"]) == any(each.startswith(network) for each in expected["weights"])
 
     fits = {}
     for metric in set(preset.metrics) & set(FRECHET):
@@ -113,7 +120,7 @@ def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_
     if reference is not None:
         assert values(scored(capsys, "calc", images, reference, *told)) == pytest.approx(values(expected), rel=1e-6)
 
-    if set(preset.metrics) & set(FRECHET):
+    if {*preset.metrics} - {*ALONE}:
         main(["ref", str(others), "--preset", name, "--trust", "--out", str(tmp_path / "ref.npz")])
         capsys.readouterr()
         again = values(scored(capsys, "calc", images, tmp_path / "ref.npz", *told))
