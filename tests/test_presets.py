@@ -21,6 +21,7 @@ from random_networks import save_all, tell_open_clip
 from stepdistill.errors import UserError
 from stepdistill.fid import main
 from stepdistill.metrics.clip import ClipVitB32
+from stepdistill.metrics.extractors import PACKAGES
 from stepdistill.metrics.frechet import Reference, moments_of
 from stepdistill.metrics.presets import PRESETS
 from stepdistill.metrics.protocols import FRECHET
@@ -103,12 +104,8 @@ def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_
     expected = scored(capsys, "calc", images, others, *told)
     assert [*values(expected)] == measured(preset)
     assert np.isfinite([*values(expected).values()]).all()
-    for package, network in (
-        ("torchvision", "inception-pytorch"),
-        ("open_clip_torch", "clip"),
-        ("transformers", "dino"),
-    ):
-        assert (package in expected["versions"]) == any(each.startswith(network) for each in expected["weights"])
+    for start, package in PACKAGES.items():
+        assert (package in expected["versions"]) == any(network.startswith(start) for network in expected["weights"])
 
     fits = {}
     for metric in set(preset.metrics) & set(FRECHET):
