@@ -21,11 +21,13 @@ from random_networks import save_all, tell_open_clip
 from stepdistill.errors import UserError
 from stepdistill.fid import main
 from stepdistill.metrics.clip import ClipVitB32
+from stepdistill.metrics.extractors import PACKAGES
 from stepdistill.metrics.frechet import Reference, moments_of
 from stepdistill.metrics.presets import PRESETS
 from stepdistill.metrics.protocols import FRECHET
 from stepdistill.metrics.store import FeatureStore
 from stepdistill.metrics.weights import VARIABLE, find_weights
+from stepdistill.scoring import ALONE
 
 NAMES = {"prdc": ("precision", "recall", "density", "coverage")}
 """What metrics are called in a record, where they are not called what they are."""
@@ -102,6 +104,8 @@ def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_
     expected = scored(capsys, "calc", images, others, *told)
     assert [*values(expected)] == measured(preset)
     assert np.isfinite([*values(expected).values()]).all()
+    for start, package in PACKAGES.items():
+        assert (package in expected["versions"]) == any(network.startswith(start) for network in expected["weights"])
 
     fits = {}
     for metric in set(preset.metrics) & set(FRECHET):
@@ -113,7 +117,7 @@ def test_a_preset_scores_images_and_a_pipeline_against_images_and_its_published_
     if reference is not None:
         assert values(scored(capsys, "calc", images, reference, *told)) == pytest.approx(values(expected), rel=1e-6)
 
-    if set(preset.metrics) & set(FRECHET):
+    if {*preset.metrics} - {*ALONE}:
         main(["ref", str(others), "--preset", name, "--trust", "--out", str(tmp_path / "ref.npz")])
         capsys.readouterr()
         again = values(scored(capsys, "calc", images, tmp_path / "ref.npz", *told))

@@ -125,7 +125,7 @@ def test_the_card_names_the_teacher_on_the_hub_and_what_the_student_is_to_it(ada
         _, numbers = path.read_text().split("## Numbers")
         for row in rows:
             (line,) = (line for line in numbers.splitlines() if line.startswith(row.label))
-            assert f"{row.metrics['fid'].value:.3f} +- 0.100" in line
+            assert f"{row.metrics['fid'].value:.2f} +- 0.10 " in line
             assert f"{row.prompt_accuracy:.3f}" in line
 
 
