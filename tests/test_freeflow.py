@@ -286,7 +286,8 @@ def test_both_gradients_are_those_of_the_closed_forms(monkeypatch, process, targ
 
     torch.manual_seed(1)
     s = start - (start - end) * UniformTimes(low=0.0, high=1.0).draw(FLOW, noise[:6])
-    told = method.told(nets["student"], noise, torch.cat([s, s.new_full((2,), end)]), {})
+    z, t = method.starts(nets["still"], noise, 0, {})
+    told = method.told(nets["student"], z, t, torch.cat([s, s.new_full((2,), end)]), {})
     spread, axes = torch.linalg.eigh(COV)
     at_s = s[:, None]
     slope = ((1 - at_s) * spread - at_s) / ((1 - at_s).square() * spread + at_s.square())
