@@ -216,8 +216,8 @@ def test_a_stage_has_no_say_in_what_all_share_and_need_not_repeat_it(key, value,
     written = {"teacher": "x", "output_dir": "y", "training": {key: value}, "stages": [second]}
     for values in (written, Config.model_validate(written).dump()):
         [stage] = Config.model_validate(values).plan
-        assert stage.training
-        assert (stage.training.batch_size, stage.training.model_dump(mode="json")[key]) == (3, value)
+        told = stage.model_dump(mode="json")["training"]
+        assert (told["batch_size"], told[key]) == (3, value)
 
 
 @pytest.mark.parametrize(
