@@ -135,13 +135,19 @@ def settings_of(folders, teachers, cache):
 
 NAMES = [*BUILD, *UNETS]
 ALIKE = {"sd-v", "sd3-without-t5", "pixart-alpha", "flux-schnell", "unet-v", "unet-x0", "unet-flow", "unet-classes"}
-"""Networks of a class that another of these families has too, in pipelines that load adapters as that one's do."""
+"""Of a network that another of these families has too, and of its way to load adapters, which are tested with it."""
 ALL = [
-    pytest.param(name, method, adapted, id=f"{name}-{method}{'-lora' * adapted}")
+    pytest.param(
+        name,
+        method,
+        adapted,
+        id=f"{name}-{method}{'-lora' * adapted}",
+        marks=[pytest.mark.slow] if adapted and name in ALIKE else [],
+    )
     for name in NAMES
     for method, kind in METHODS.items()
     for adapted in (False, True)
-    if not adapted or (roles_of(kind) and name not in ALIKE)
+    if not adapted or roles_of(kind)
 ]
 
 
