@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from .images import to_float
 from .metrics.base import Source
 from .metrics.resampling import prepare
 from .metrics.sources import batches, open_source
-from .report import grid
+from .report import grid, write_figure
 
 SIDE = 256
 """Larger images are drawn this large."""
@@ -41,15 +40,7 @@ def draw(path: Path, runs: Mapping[str, str], apart: Tensor, *, pairs: int = 8) 
         axis.imshow(grid(tiles, columns=len(ids)), cmap="gray", vmin=0, vmax=255)
         axis.set_title(f"{' above '.join(runs)}, agreeing {kind}: images {', '.join(map(str, ids))}", fontsize=8)
         axis.set_axis_off()
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        plt.close(figure)
+    write_figure(path, figure)
 
 
 def _source(name: str, images: str, count: int) -> Source:

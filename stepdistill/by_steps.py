@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.ticker import ScalarFormatter
 from .errors import UserError
 from .generating import Session
 from .metrics.ranks import rank_and_world
+from .report import write_figure
 from .sampling import Sampling
 from .scoring import Options
 
@@ -81,13 +81,4 @@ def draw(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     axis.set_ylabel(f"{name}, {points[0][1]['n']:,} images")
     axis.set_title(f"{runs[0]['images']}\n{runs[0]['protocol']['name']}", fontsize=8)
     axis.grid(alpha=0.3)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        plt.close(figure)
-        temporary.unlink(missing_ok=True)
+    write_figure(path, figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from yaml import YAMLError
@@ -18,6 +20,7 @@ from yaml import YAMLError
 from . import __version__
 from .bundled import BUILTIN
 from .config import Config
+from .errors import UserError
 from .evaluation import Measurement
 from .images import to_picture, to_uint8
 from .metrics.protocols import Protocol
@@ -65,11 +68,25 @@ def picture(
     axes["student"].set_title(f"student, {steps} step{'s'[: steps - 1]}, same noise")
     _curve(axes["curve"], history, protocol)
     figure.suptitle(title)
+    write_figure(path, figure)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write ``figure`` as a PNG, whole or not at all, and close it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, dpi=110, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
 
 
 def _curve(axis: plt.Axes, history: list[dict[str, float]], protocol: Protocol | None) -> None:
