@@ -108,8 +108,8 @@ def save_adapters(network: Any, folder: Path, teacher: Teacher) -> None:  # noqa
     if not reads_adapters(teacher):
         save_peft(network, folder)
         return
-    layers, settings = get_peft_model_state_dict(network), next(iter(network.peft_config.values()))
-    component = teacher.family.component
+    layers = {key: value.contiguous() for key, value in get_peft_model_state_dict(network).items()}
+    component, settings = teacher.family.component, next(iter(network.peft_config.values()))
     told = {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": settings.to_dict()}
     cast(Any, pipeline_class(teacher.index)).save_lora_weights(folder, **told)
 

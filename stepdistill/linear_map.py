@@ -54,7 +54,7 @@ def betas(denoiser: Denoiser, label: int, alpha: float) -> list[float]:
     """``label + 1`` betas that end at ``alpha``: the teacher's own table where it does, else one last step."""
     if isinstance(denoiser.native, VP):
         table = denoiser.native.alphas_cumprod.double()[: label + 1]
-        if len(table) == label + 1 and math.isclose(table[-1].sqrt().item(), alpha, rel_tol=1e-6):
+        if len(table) == label + 1 and math.isclose(table[-1].sqrt().item(), alpha, rel_tol=1e-6, abs_tol=1e-9):
             return (1 - table / torch.cat([table.new_ones(1), table[:-1]])).tolist()
     return [0.0] * label + [1 - alpha**2]
 

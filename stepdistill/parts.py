@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import UserError, first_line
 
-_WEIGHED = ("unet", "transformer", "vae", "text_encoder")
+_WEIGHED = ("unet", "transformer", "vae", "text_encoder", "safety_checker", "image_encoder")
 _TOLD = ("vae", "text_encoder", "tokenizer", "scheduler")
 _SPARED = ("text_encoder_3", "tokenizer_3")
 """Stable Diffusion 3 goes without its T5."""
@@ -34,7 +34,7 @@ def check_parts(kind: type[DiffusionPipeline], parts: dict[str, str | None], sou
 
 
 def check_files(parts: Iterable[str], files: Iterable[str], source: str) -> None:
-    """Refuse weights that are pickles alone, or variants alone, or not there.
+    """Refuse weights that are pickles alone, or variants alone, or not there, and tokenizers without files.
 
     Args:
         parts: names of the components.
@@ -45,6 +45,9 @@ def check_files(parts: Iterable[str], files: Iterable[str], source: str) -> None
         UserError: saying how to write what is read.
     """
     names = set(files)
+    for part in (part for part in parts if part.startswith("tokenizer")):
+        if not any(name.startswith(f"{part}/") for name in names):
+            raise UserError(f"{source} has no files in {part}/; complete it")
     for part in (part for part in parts if part.startswith(_WEIGHED)):
         own = {name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")} or names
         whole = {name for name in own if name.endswith(".safetensors") and "/" not in name}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from families import BUILD, build
 from peft import PeftModel
@@ -16,6 +16,7 @@ from stepdistill import export, outcome, prompts
 from stepdistill.__main__ import main
 from stepdistill.config import Config
 from stepdistill.distill import distill, export_run
+from stepdistill.errors import UserError
 from stepdistill.teacher import load_teacher
 
 
@@ -51,6 +52,51 @@ def test_a_student_that_is_not_its_sampler_is_one_line_of_the_command(tmp_path, 
     assert stopped.value.code == 1
     said = f"error: the exported pipeline differs from the student's sampler by 0.1; kept {tmp_path / 'student.tmp'}\n"
     assert capsys.readouterr().err == said
+
+
+def test_pictures_that_are_no_numbers_are_not_the_samplers(tmp_path, monkeypatch):
+    """A maximum that passes over them would let such a student through."""
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    drawn: Any = StableDiffusionPipeline.__call__
+
+    def blank(self: Any, *parts: Any, **told: Any) -> Any:
+        made = drawn(self, *parts, **told)
+        made.images = made.images * float("nan")
+        return made
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", blank)
+    method = {"name": "sid", "init_ratio": 5.0, "input": "unit"}
+    place = str(build("sd", tmp_path / "sd"))
+    with pytest.raises(RuntimeError, match=r"differs from the student's sampler by nan"):
+        distill(config(place, tmp_path / "run", method=method, data={"prompts": ["a", "b"]}))
+
+
+@pytest.mark.parametrize("renoising", ["fresh", "ddim"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_table_that_ends_in_pure_noise_is_kept_whole(steps, renoising, tmp_path, monkeypatch):
+    """The export compares the stock pipeline with the sampler, from the last entry (zero terminal SNR) on."""
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    place = build("sd-v", tmp_path / "sd")
+    settings = place / "scheduler/scheduler_config.json"
+    told = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **told}))
+    index = place / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", "DDIMScheduler"]}))
+    method = {"name": "sid", "steps": steps, "init_ratio": float("inf"), "input": "unit", "renoising": renoising}
+    student = distill(config(str(place), tmp_path / "run", method=method, data={"prompts": ["a", "b"]}))
+    pipeline: Any = DiffusionPipeline.from_pretrained(student)
+    levels = pipeline.scheduler.alphas_cumprod
+    assert levels[-1] == 0
+    assert steps == 1 or ((levels[:-1] > 0) & (levels[:-1] < 1)).all()
+
+
+def test_adapters_of_convolutions_in_another_memory_order_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CACHE", tmp_path / "cache")
+    training = {"channels_last": True, "lora": {"student": {"rank": 2, "targets": ["conv1", "to_q"]}}}
+    method = {"name": "sid", "init_ratio": 5.0, "input": "unit"}
+    place = str(build("sd", tmp_path / "sd"))
+    distill(config(place, tmp_path / "run", method=method, data={"prompts": ["a", "b"]}, training=training))
+    assert (tmp_path / "run/student_lora/pytorch_lora_weights.safetensors").is_file()
 
 
 def test_adapters_that_no_pipeline_runs_are_kept_as_peft_has_them(teachers, tmp_path, capsys):
@@ -117,7 +163,13 @@ def test_a_safety_checker_survives_in_the_student(tmp_path, monkeypatch):
     )
     pipeline.save_pretrained(tmp_path / "teacher")
     method = {"name": "sid", "init_ratio": 5.0, "input": "unit"}
-    student = distill(config(str(tmp_path / "teacher"), tmp_path / "run", method=method, data={"prompts": ["a", "b"]}))
+    recipe = config(str(tmp_path / "teacher"), tmp_path / "run", method=method, data={"prompts": ["a", "b"]})
+    weights = tmp_path / "teacher/safety_checker/model.safetensors"
+    weights.rename(tmp_path / "kept")
+    with pytest.raises(UserError, match="has no weights in safety_checker/"):
+        distill(recipe)
+    (tmp_path / "kept").rename(weights)
+    student = distill(recipe)
     for part in ("safety_checker", "feature_extractor"):
         for path in (tmp_path / "teacher" / part).iterdir():
             assert (student / part / path.name).read_bytes() == path.read_bytes()
