@@ -1,5 +1,6 @@
 """What is read from a diffusers scheduler, against what that scheduler itself computes."""
 
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -14,8 +15,11 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
-    PNDMScheduler,
+    LMSDiscreteScheduler,
 )
 from oracles import call
 from torch import nn
@@ -59,9 +63,11 @@ def at(scheduler, k, process):
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("kind", TABLE)
 def test_every_table_scheduler_adds_the_noise_that_was_read(kind, betas):
-    if kind is PNDMScheduler and betas == "zero_snr":
-        pytest.skip("PNDM has no zero-SNR tables")
-    scheduler: Any = kind(**BETAS[betas], timestep_spacing="trailing")  # integer labels
+    known = signature(kind).parameters
+    if not BETAS[betas].keys() <= known.keys():
+        pytest.skip("it has no zero-SNR tables")
+    spacing = {"timestep_spacing": "trailing"} if "timestep_spacing" in known else {}  # integer labels
+    scheduler: Any = kind(**BETAS[betas], **spacing)
     process = read_scheduler(scheduler)["native"]
     table = scheduler.alphas_cumprod.double()
     t = process.time_of_label(torch.arange(len(table)))
@@ -69,11 +75,13 @@ def test_every_table_scheduler_adds_the_noise_that_was_read(kind, betas):
     torch.testing.assert_close(process.sigma(t), (1 - table).sqrt(), rtol=1e-12, atol=1e-12)
 
     scheduler.set_timesteps(5)
+    if kind in (HeunDiscreteScheduler, KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler):
+        return  # their grids have timesteps twice, or between those of the table
     labels = scheduler.timesteps[[1, 3]]
     t = process.time_of_label(labels)
     x0, eps = noisy(), noisy().flip(0)
     added = scheduler.add_noise(x0, eps, labels)
-    if kind in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler):  # their states are x / alpha
+    if kind in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, LMSDiscreteScheduler):  # states are x / alpha
         added = process.coefficients(t, added)[0] * added
     torch.testing.assert_close(process.add_noise(x0, eps, t), added, rtol=1e-5, atol=1e-5)
 
@@ -189,7 +197,7 @@ def test_consistency_network_is_the_identity_at_its_boundary():
     torch.testing.assert_close(denoiser(x, torch.zeros(2)).x0, x, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [diffusers.HeunDiscreteScheduler, diffusers.UniPCMultistepScheduler])
+@pytest.mark.parametrize("kind", [diffusers.RePaintScheduler, diffusers.UnCLIPScheduler])
 def test_an_unsupported_scheduler_is_refused_with_the_list(kind):
     with pytest.raises(UserError) as refusal:
         read_scheduler(kind())
