@@ -56,7 +56,7 @@ def dry_run(config: Config, *, tflops: float = 400.0, gpus: int = 1) -> str:
     lines = [
         f"teacher   {teacher.source}: {type(teacher.network).__name__}, {teacher.denoiser.target}, "
         f"{type(process).__name__}, samples of {shape}, pictures of {teacher.picture_size} pixels, "
-        f"guidance {config.data.scale:g}",
+        f"guidance {' to '.join(f'{scale:g}' for scale in config.data.scales or (config.data.scale,))}",
     ]
     hours = 0.0
     for number, (stage, sampler) in enumerate(zip(config.plan, samplers, strict=True), 1):
@@ -135,7 +135,7 @@ class Rehearsal:
     peak: int
     """Bytes that a step needs on top: activations and the gradients of a turn; half-precision copies of what learns."""
     flops: int
-    """Operations of a step on one device; of a student of several calls, of the step that was run."""
+    """Operations of a step on one device; of a student of several calls, in the mean."""
 
     @property
     def memory(self) -> int:
@@ -168,7 +168,7 @@ def _size(count: float) -> str:
 
 
 def rehearse(stage: Stage, config: Config) -> Rehearsal:
-    """Run the last step of ``stage`` on the meta device, in the precision of its training."""
+    """Run the end of ``stage`` on the meta device, in the precision of its training."""
     training = cast(Training, stage.training)
     teacher = quantized(_teacher(config), training)
     data = _data(config, teacher)
@@ -191,26 +191,27 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
             for layer in network.modules():
                 if "compute_dtype" in vars(layer):  # of a GGUF file, which autocast sees to in a run
                     vars(layer)["compute_dtype"] = half
-    step = Step(stage, trainer)
+    steps = [Step(stage, trainer, at) for at in stage.method.typical(stage.steps - 1)]
     with patch.object(functional, "scaled_dot_product_attention", fused_attention):
-        peak, flops = measured(step, step.everything(), META)
+        found = [measured(step, step.everything(), META) for step in steps]
         if trainer.memory:  # made once, by the first step
-            peak, flops = measured(step, step.everything(), META)
+            found = [measured(step, step.everything(), META) for step in steps]
+    peak, flops = max(peak for peak, _ in found), sum(flops for _, flops in found) / len(found)
     if training.mixed_precision != "no":  # weights in half precision, and gradients that are not
         peak += 4 * max(role.learning for role in roles.values())
-    return Rehearsal(roles, peak, flops * training.gradient_accumulation // step.rounds)
+    return Rehearsal(roles, peak, round(flops * training.gradient_accumulation / steps[0].rounds))
 
 
 class Step:
-    """The turns of the last step, without optimizers."""
+    """The turns of step ``at``, without optimizers."""
 
-    def __init__(self, stage: Stage, trainer: Trainer) -> None:
-        self.stage, self.trainer = stage, trainer
+    def __init__(self, stage: Stage, trainer: Trainer, at: int) -> None:
+        self.stage, self.trainer, self.at = stage, trainer, at
         self.rounds = min(2, trainer.training.gradient_accumulation)  # further ones need what the second does
 
     def __call__(self) -> None:
         trainer = self.trainer
-        for role, loss, update in self.stage.method.turns(self.stage.steps - 1):
+        for role, loss, update in self.stage.method.turns(self.at):
             for _ in range(self.rounds):
                 batch = trainer.batches(trainer.training.batch_size)._replace(memory=trainer.memory)
                 loss(trainer.nets[role], batch).value.backward()
@@ -256,7 +257,7 @@ def _data(config: Config, teacher: Teacher) -> DataFree:
     """One row of zeros in place of what prompts would say."""
     images = torch.empty(1, *teacher.sample_shape, device=META) if config.real_data else None
     if teacher.family.encode is None:
-        labels = class_labels(teacher.source, teacher.classes, config.data, teacher.family.null_label)
+        labels = class_labels(teacher.source, teacher.classes, config.data, teacher.null_label)
         drawn = draws(teacher.sample_shape, labels, META)
         return replace(drawn, images=images, scales=scales_drawn(teacher, config.data))
     table: Cond = {key: torch.zeros(1, *shape) for key, shape in teacher.family.told(teacher.network.config).items()}

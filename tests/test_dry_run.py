@@ -122,6 +122,20 @@ def test_hours_are_operations_by_throughput_and_are_told_for_many_devices(monkey
     assert f"the 6,000 of one device take steps / 4: {hours:.2g} GPU hours, {hours / 4:.2g} on each" in four
 
 
+def test_a_step_of_several_calls_costs_what_steps_do_in_the_mean():
+    """Which of its calls a step trains is drawn, and every call before that one is another pass of the student."""
+
+    def cost(*overrides):
+        config = parse(Config, "digits_sid", ["training.batch_size=2", *overrides])
+        return rehearse(config.plan[0], config).flops
+
+    mean = cost("method.steps=4", "steps=1000")
+    assert {cost("method.steps=4", f"steps={steps}") for steps in (1, 2, 3)} == {mean}
+    first, last = cost("method.steps=1"), cost("method.steps=4", "method.matched=final")
+    assert mean == pytest.approx((first + last) / 2, rel=1e-3)
+    assert last > 1.2 * first
+
+
 def test_memory_falls_as_the_settings_promise():
     @functools.cache
     def needs(*overrides):
@@ -204,7 +218,7 @@ def test_checkpointed_blocks_hold_their_inputs_and_one_block_at_a_time():
 def test_a_rehearsed_step_needs_what_a_step_needs(tmp_path):
     config = parse(Config, "digits_sid", [f"output_dir={tmp_path}", "training.trackers=[]"])
     run = Run(config)
-    step = Step(run.stage, run.trainer)
+    step = Step(run.stage, run.trainer, 0)
     peak, flops = measured(step, step.everything(), torch.device("cpu"))
     rehearsal = rehearse(config.plan[0], config)
     assert rehearsal.peak == pytest.approx(peak, rel=0.02)

@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Literal
 
 import torch
@@ -105,8 +106,17 @@ class ScoreDistillation(Method):
                 'to "", or data.null_label'
             )
 
+    def call_of(self, step: int) -> int:
+        """Which call of the student learns at ``step``; those before it are made without a graph."""
+        return self.steps - 1 if self.matched == "final" else random.Random(step).randrange(self.steps)
+
+    def typical(self, step: int) -> tuple[int, ...]:
+        """With the last call and the first: every further one costs the same."""
+        ends = {self.steps - 1} if self.matched == "final" else {0, self.steps - 1}
+        return tuple(next(at for at in count(step) if self.call_of(at) == call) for call in sorted(ends))
+
     def turns(self, step: int) -> Iterator[Turn]:
-        call = self.steps - 1 if self.matched == "final" else random.Random(step).randrange(self.steps)
+        call = self.call_of(step)
         for _ in range(self.fake_updates):
             yield Turn("fake", partial(self.fake_loss, call=call))
         judged = self.adversarial is not None and step >= self.adversarial.start

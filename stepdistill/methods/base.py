@@ -126,6 +126,10 @@ class Method(ABC):
         """Steps that a run needs for every phase of the method to take place."""
         return 1
 
+    def typical(self, step: int) -> tuple[int, ...]:
+        """Steps from ``step`` on whose costs have the mean of those there."""
+        return (step,)
+
     def check(self, teacher: Denoiser) -> None:
         """Raise ``ValueError`` where this method cannot learn from ``teacher``."""
         if teacher.target not in self.targets:

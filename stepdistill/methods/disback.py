@@ -69,6 +69,9 @@ class DisBack(Method):
     def judges_conditions(self) -> bool:
         return self.method.judges_conditions
 
+    def typical(self, step: int) -> tuple[int, ...]:
+        return self.method.typical(step)
+
     def sampler(self, process: NoiseProcess) -> StudentSampler:
         return self.method.sampler(process)
 
