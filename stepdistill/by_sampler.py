@@ -51,7 +51,7 @@ def _traced(
 def student_alone(asked: Sampling, device: torch.device) -> Traced:
     """A student by its sampler: one whose calls are to be seen, or adapters on the teacher's weights."""
     source, told = asked.source, described(asked.source)
-    call, _ = told.call, calls_of(source, len(told.sampler.times), asked.steps)
+    call, _ = told.call, calls_of(source, told.sampler, asked.steps)
     if is_adapters(source):
         host, told = teacher_of(source, asked.teacher, call.get("height"))
     else:
@@ -66,7 +66,7 @@ def student_alone(asked: Sampling, device: torch.device) -> Traced:
 def plain_student(asked: Sampling, device: torch.device) -> Traced:
     """A student of a plain network, by its sampler."""
     student, decode = rebuilt(asked.source, trust_remote_code=asked.trust_remote_code)
-    calls_of(asked.source, len(student.sampler.times), asked.steps)
+    calls_of(asked.source, student.sampler, asked.steps)
     network = student.denoiser.network.to(device)
     data = class_draws(asked, student.shape, student.classes, device)
     return _traced(asked, data, decode, partial(student.sampler.trace, student.denoiser), network)
@@ -126,16 +126,24 @@ def asked_prompts(asked: Sampling) -> Any:  # noqa: ANN401
     return Data(prompts=prompts).prompts
 
 
-def asked_labels(asked: Sampling) -> tuple[int, ...] | None:
-    """The class labels that were asked for, or those of a student's recipe; ``None`` is all."""
-    given = asked.labels or data_of(asked).get("class_labels")
-    return tuple(given) if isinstance(given, tuple | list) else None
+def asked_labels(asked: Sampling, classes: int | None, null_label: int | None = None) -> list[int] | None:
+    """The class labels that were asked for or, by their law, those of a student's recipe; without either, all.
+
+    Args:
+        asked: of the samples.
+        classes: of the network; ``None`` is one without.
+        null_label: what means "no class" in its family.
+    """
+    told: dict[str, Any] = {} if classes is None else {"class_labels": "uniform"}
+    told |= {key: data_of(asked)[key] for key in ("class_labels", "null_label") if data_of(asked).get(key) is not None}
+    told |= {} if asked.labels is None else {"class_labels": asked.labels}
+    return class_labels(asked.source, classes, Data(**told), null_label)
 
 
 def _conditions(asked: Sampling, host: Teacher, told: Data, device: torch.device) -> DataFree:
     """What samples of a student of ``host`` are told."""
     if host.family.encode is None:
-        return class_draws(asked, host.sample_shape, host.classes, device, host.family.null_label)
+        return class_draws(asked, host.sample_shape, host.classes, device, host.null_label)
     return _by_law(asked, data_free(host, told.model_copy(update={"prompts": asked_prompts(asked)}), device))
 
 
@@ -143,8 +151,7 @@ def class_draws(
     asked: Sampling, shape: tuple[int, ...], classes: int | None, device: torch.device, null_label: int | None = None
 ) -> DataFree:
     """Noise of ``shape`` and the class labels that samples have."""
-    told = Data(class_labels=asked_labels(asked) or (None if classes is None else "uniform"))
-    return _by_law(asked, draws(shape, class_labels(asked.source, classes, told, null_label), device))
+    return _by_law(asked, draws(shape, asked_labels(asked, classes, null_label), device))
 
 
 def _by_law(asked: Sampling, data: DataFree) -> DataFree:

@@ -9,6 +9,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -65,7 +66,10 @@ class Data(Section):
     """Height and width of the pictures in pixels; null is the teacher's own."""
     guidance_scale: Scale = 1.0
     """Classifier-free guidance of the teacher, 1 is none; for Flux the scale that the network is told.  Of a range
-    every sample draws its own; a student that is not adapters is told it, and shown and exported at the middle."""
+    every sample draws its own; a student that is not adapters is told it."""
+    shown_scale: NonNegativeFloat | None = None
+    """Of a range, the scale at which the student is shown, measured and exported; null is the middle.  `stepdistill
+    export RUN data.shown_scale=3` exports a finished run at another."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which guidance applies."""
     null_label: NonNegativeInt | None = None
@@ -78,8 +82,19 @@ class Data(Section):
 
     @property
     def scale(self) -> float:
-        """The guidance scale; the middle of a range."""
-        return sum(self.guidance_scale) / 2 if isinstance(self.guidance_scale, tuple) else self.guidance_scale
+        """The guidance scale; the one shown of a range."""
+        if not isinstance(self.guidance_scale, tuple):
+            return self.guidance_scale
+        return sum(self.guidance_scale) / 2 if self.shown_scale is None else self.shown_scale
+
+    @model_validator(mode="after")
+    def _within(self) -> Data:
+        low, high = self.scales or (0.0, -1.0)
+        if self.shown_scale is not None and not low <= self.shown_scale <= high:
+            raise ValueError(
+                f"shown_scale must lie in a range of guidance_scale, got {self.shown_scale:g} of {self.guidance_scale}"
+            )
+        return self
 
 
 class RealData(Section):

@@ -41,6 +41,8 @@ class DataFree:
     """The prompt of every row."""
     scales: tuple[str, float, float] | None = None
     """Keyword and range of the guidance scale that every sample draws, where there is a range."""
+    shown_scale: float = 1.0
+    """The one of that range in previews and evaluation."""
     turns: Turns = in_turn
     """Which conditions samples have in previews and evaluation."""
     images: Tensor | None = None
@@ -90,12 +92,11 @@ class DataFree:
         return self._ordered(torch.tensor(self.turns(ids, self.count)))
 
     def cond(self, ids: Sequence[int]) -> Cond:
-        """The conditions of the samples ``ids``; of a range of scales, the middle."""
+        """The conditions of the samples ``ids``; of a range of scales, the one that is shown."""
         cond = self._told(self.rows(ids)) if self.table else NO_COND
         if self.scales is None:
             return cond
-        keyword, low, high = self.scales
-        return {**cond, keyword: torch.full((len(ids),), (low + high) / 2, device=self.device)}
+        return {**cond, self.scales[0]: torch.full((len(ids),), self.shown_scale, device=self.device)}
 
     def _ordered(self, picks: Tensor) -> Tensor:
         return picks if self.order is None else self.order[picks]
@@ -112,8 +113,8 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
     """
     prompts, scales = check_conditions(teacher, data), scales_drawn(teacher, data)
     if prompts is None:
-        labels = class_labels(teacher.source, teacher.classes, data, teacher.family.null_label)
-        return replace(draws(teacher.sample_shape, labels, device), scales=scales)
+        labels = class_labels(teacher.source, teacher.classes, data, teacher.null_label)
+        return replace(draws(teacher.sample_shape, labels, device), scales=scales, shown_scale=data.scale)
     distinct = list(dict.fromkeys(prompts))
     place = {prompt: row for row, prompt in enumerate(distinct)}
     table, null = encode(teacher, distinct, data.negative_prompt, device=device)
@@ -127,6 +128,7 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
         null=_moved(null, device),
         prompts=tuple(distinct),
         scales=scales,
+        shown_scale=data.scale,
     )
 
 
@@ -152,7 +154,7 @@ def check_conditions(teacher: Teacher, data: Data) -> list[str] | None:
     if teacher.family.encode is None:
         if data.prompts is not None or data.negative_prompt is not None:
             raise UserError(f"{teacher.source} reads no prompts; remove data.prompts and data.negative_prompt")
-        class_labels(teacher.source, teacher.classes, data, teacher.family.null_label)
+        class_labels(teacher.source, teacher.classes, data, teacher.null_label)
         return None
     if data.class_labels is not None or data.null_label is not None:
         raise UserError(f"{teacher.source} reads prompts, not class labels; set data.prompts")
@@ -227,7 +229,7 @@ def class_labels(source: str, classes: int | None, data: Data, null_label: int |
     wanted = range(classes) if told == "uniform" else repeated(told) if isinstance(told, dict) else told
     null = null_label if data.null_label is None else data.null_label
     labels = [label for label in wanted if label != null]
-    if not labels or max(labels) >= classes or min(labels) < 0:
+    if not labels or max(wanted) >= classes or min(wanted) < 0:
         raise UserError(f"class labels of {source} must lie in 0..{classes - 1}, got {sorted(set(wanted))}")
     return labels
 

@@ -148,9 +148,9 @@ class Run:
         free = {"checkpoint_every", "checkpoints_kept", "log_every", "preview_every", "preview_samples", "trackers"}
         training = {key: value for key, value in values["training"].items() if key not in free}
         kept = {key: values[key] for key in ("teacher", "seed", "method", "stages", "data", "real_data")}
+        del kept["data"]["shown_scale"]
         kept |= {"training": training, "processes": self.accelerator.num_processes}
-        kept |= {"network": self.teacher.network_size, "prompts": self.data.digest}
-        return json.loads(json.dumps(kept))
+        return json.loads(json.dumps({**kept, "network": self.teacher.network_size, "prompts": self.data.digest}))
 
     def begin(self) -> None:
         """Create the run's folder."""

@@ -99,6 +99,8 @@ def plan(
     Raises:
         UserError: stock diffusers has no place for it.
     """
+    if family is UNET2D and not isinstance(size := _config(denoiser.network)["sample_size"], int):
+        raise UserError(f"unet/config.json has sample_size={list(size)}; ConsistencyModelPipeline takes one number")
     first = one_step_map(denoiser, replace(sampler, times=sampler.times[:1]))
     if family is PLAIN:
         if own_code:
@@ -183,9 +185,9 @@ def _few_step_plan(denoiser: Denoiser, sampler: StudentSampler, first: OneStepMa
     if isinstance(denoiser.process, VP):
         scheduler = _table_scheduler(denoiser, sampler, first, refusal)
         return Plan(ConsistencyModelPipeline, scheduler, steps, first, first.output, round(first.label))
+    scheduler = _flow_scheduler(denoiser, sampler, refusal)
     if sampler.clip_sample:
         raise UserError(f"{refusal}: that of rectified flow does not clip; set method.clip_sample=false")
-    scheduler = _flow_scheduler(denoiser, sampler, refusal)
     if classes is not None:
         raise UserError(f"{refusal}: no stock pipeline runs a class-conditional flow")
     return Plan(DDPMPipeline, scheduler, steps, first, first.output, round(first.label))

@@ -196,7 +196,7 @@ class Outcome:
         call: dict[str, Any] = dict(hosted.family.arguments)
         if self.data.prompts:
             call = {"prompt": [self.data.prompts[row] for row in rows], **call}
-        elif rows and teacher.family is not UNET2D:
+        elif rows:
             call = {"class_labels": self.data.table["class_labels"][rows].tolist(), **call}
         if teacher.embeds_guidance and hosted.guidance is None:
             call["guidance_scale"] = self.config.data.scale

@@ -45,7 +45,7 @@ _NULL = "null."
 def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
     """The prompts of a text file, one a line, of a list or a dataset, or the captions of ``builtin:digits_text``.
 
-    Blank lines are skipped, with a warning that counts them; a line of two quotation marks (``""``) is the empty
+    Blank lines and rows are skipped, with a warning that counts them; two quotation marks (``""``) are the empty
     caption.
 
     Raises:
@@ -54,7 +54,8 @@ def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
     if source == f"{BUILTIN}digits_text":
         return list(CAPTIONS)
     if isinstance(source, Column):
-        prompts, name = _column(source), f"column {source.column} of {source.dataset}"
+        read, name = _column(source), f"column {source.column} of {source.dataset}"
+        prompts = _filled(read, name, "rows")
     elif not isinstance(source, str):
         prompts, name = list(source), "data.prompts"
     else:
@@ -63,11 +64,17 @@ def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
             raise UserError(f"data.prompts: there is no file {source!r}; give a text file with one prompt a line")
         lines = path.read_bytes().split(b"\n")
         read = [_line(raw, k, source) for k, raw in enumerate(lines, 1)]
-        prompts = ["" if line == '""' else line for line in read if line]
-        if blank := len(read) - len(prompts) - (not read[-1]):  # nothing follows the end of the last line
-            warnings.warn(f'{source}: {blank} blank lines are skipped; "" is the empty caption', stacklevel=2)
+        prompts = _filled(read[: None if read[-1] else -1], source, "lines")  # nothing follows the end of the last
     if not prompts:
         raise UserError(f'{name} holds no prompt; write one a line, or "" for the empty caption')
+    return prompts
+
+
+def _filled(read: Sequence[str], name: str, places: str) -> list[str]:
+    """Those that are not blank."""
+    prompts = ["" if text == '""' else text for text in read if text]
+    if blank := len(read) - len(prompts):
+        warnings.warn(f'{name}: {blank} blank {places} are skipped; "" is the empty caption', stacklevel=3)
     return prompts
 
 

@@ -9,9 +9,11 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .bundled import BUILTIN
 from .errors import UserError, first_line
 from .plain import PYTHON
 from .report import CARD, PLACE
+from .sources import locate
 from .student import recipe
 
 
@@ -62,8 +64,10 @@ def push(run: Path, repo: str, *, adapters: bool = False, private: bool = False,
 
 def _public(card: Path) -> str:
     """The text of a card in which files and folders of this machine, which its recipe names, have their names alone."""
-    text = card.read_text()
-    for path in _paths(recipe(card)):
+    text, told = card.read_text(), recipe(card)
+    teacher = str(told.get("teacher"))
+    bundled = [locate(teacher).as_posix()] if teacher.startswith(BUILTIN) else []
+    for path in [*bundled, *_paths(told)]:
         text = text.replace(path, Path(path).name)
     return text
 

@@ -146,8 +146,12 @@ def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
     """A student in its teacher's pipeline, one sample at a time on torch's global generator, which all of them read."""
     pipeline, student = exported(asked.source, device, trust_remote_code=asked.trust_remote_code)
     network, calls = pipeline.components[family.component], _calls(asked, student, pipeline)
-    every: Sequence[Any] = read_prompts(asked_prompts(asked)) if family.encode else asked_labels(asked) or range(1000)
-    shape = family.shape(network.config)
+    config = network.config
+    if family.encode:
+        every: Sequence[Any] = read_prompts(asked_prompts(asked))
+    else:
+        every = asked_labels(asked, family.classes(config), family.null_label(config)) or ()
+    shape = family.shape(config)
     which = turns("prompts" if family.encode else asked.law, shape, asked.period)
 
     def images(ids: Sequence[int]) -> Tensor:
@@ -163,5 +167,10 @@ def _placed(asked: Sampling, family: Family, device: torch.device) -> Traced:
 
 
 def _calls(asked: Sampling, told: Description, pipeline: Any) -> int:  # noqa: ANN401
-    """Steps of the pipeline, of which only a stock scheduler may take others than the student's own."""
-    return calls_of(asked.source, len(told.sampler.times), asked.steps, None if told.sole else pipeline.scheduler)
+    """Steps of the pipeline: others than the student's own are for stock schedulers and whole flow maps."""
+    if told.sole and told.sampler.any_steps and asked.steps is not None:
+        try:
+            return len(told.sampler.in_steps(asked.steps).times)
+        except ValueError as error:
+            raise UserError(f"--steps: {error}") from None
+    return calls_of(asked.source, told.sampler, asked.steps, None if told.sole else pipeline.scheduler)

@@ -62,6 +62,11 @@ class Teacher:
         return f"{type(self.network).__name__} of {count:,} parameters for samples of {shape}"
 
     @property
+    def null_label(self) -> int | None:
+        """The label that means "no class", where the family fixes it."""
+        return None if self.family is PLAIN else self.family.null_label(self.network.config)
+
+    @property
     def picture_size(self) -> int:
         """Height in pixels of a picture."""
         return self.sample_shape[-1] * self.scale
@@ -82,7 +87,7 @@ class Teacher:
         """
         if self.embeds_guidance:
             return self.denoiser
-        null_label = self.family.null_label if data.null_label is None else data.null_label
+        null_label = self.null_label if data.null_label is None else data.null_label
         if self.family.encode is not None:
             uncond = null or {}
         elif self.classes is not None and null_label is not None:
@@ -93,7 +98,7 @@ class Teacher:
         told_null = data.null_label is not None or data.negative_prompt is not None
         if data.scale == 1.0 and data.scales is None and (uncond is None or not told_null):
             return self.denoiser
-        known = data.null_label in (None, self.family.null_label) or cast(int, data.null_label) < (self.classes or 0)
+        known = data.null_label in (None, self.null_label) or cast(int, data.null_label) < (self.classes or 0)
         if uncond is None or not known:
             raise UserError(
                 f"data.guidance_scale={data.guidance_scale} needs a class-conditional teacher and data.null_label, "

@@ -62,7 +62,7 @@ class Lora(Section):
     rank: PositiveInt = 64
     alpha: PositiveFloat | None = None
     """The adapters count ``alpha / rank`` (SwiftBrush: 108 / 64); null is the rank."""
-    targets: tuple[str, ...] | None = None
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names, or their ends, of the linear and convolution layers with adapters; null is the attentions' projections."""
 
 

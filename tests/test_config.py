@@ -31,6 +31,11 @@ def test_every_error_is_reported_at_once_with_suggestions():
     assert "stpes: unexpected key, got 3; did you mean steps?" in message
 
 
+def test_adapters_on_no_layer_are_none():
+    with pytest.raises(UserError, match=r"training\.lora\.fake\.targets: .*at least 1 item"):
+        parse(Config, "digits_sid", ["training.lora.fake={rank: 2, targets: []}"])
+
+
 def test_ranges_of_the_mathematics_are_checked():
     with pytest.raises(UserError, match=r"alpha must lie in \[0, 1.5\]"):
         parse(Config, "digits_sid", ["method.alpha=7"])

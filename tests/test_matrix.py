@@ -109,8 +109,6 @@ def drawn(run: Run) -> torch.Tensor:
     torch.manual_seed(1)
     with torch.no_grad(), run.trainer.averaged_weights() as student:
         noise, cond = torch.randn(1, *teacher.sample_shape), run.data.cond([0])
-        if teacher.classes and teacher.family.component == "unet":  # the stock pipeline draws one
-            cond = {"class_labels": torch.randint(0, teacher.classes, (1,))}
 
         def later() -> torch.Tensor:
             return teacher.family.later_noise(torch.randn(1, *teacher.sample_shape))

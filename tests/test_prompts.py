@@ -81,11 +81,13 @@ def test_the_conditions_are_those_of_the_stock_pipeline(teacher, folder):
 
 
 def test_prompts_come_from_a_column_of_a_dataset(tmp_path):
-    rows = [{"caption": " a cat ", "n": 1}, {"caption": "", "n": 2}, {"caption": "two dogs", "n": 3}]
+    captions = (" a cat ", "", '""', "two dogs")
+    rows = [{"caption": caption, "n": n} for n, caption in enumerate(captions, 1)]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     folder = str(tmp_path / "texts")
-    assert read_prompts(Column(dataset=folder, column="caption")) == ["a cat", "", "two dogs"]
+    with pytest.warns(UserWarning, match=r'1 blank rows are skipped; "" is the empty caption'):
+        assert read_prompts(Column(dataset=folder, column="caption")) == ["a cat", "", "two dogs"]
     assert read_prompts(Column(dataset=folder, column="caption", split="train[:1]")) == ["a cat"]
     for column, message in ({"column": "text"}, "cannot read .*text"), ({"column": "n"}, "row 0 .* is no text"):
         with pytest.raises(UserError, match=message):
@@ -216,6 +218,14 @@ def _indexed(folder, tmp_path, **values):
     index = tmp_path / "teacher/model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), **values}))
     return tmp_path / "teacher"
+
+
+def test_a_tokenizer_without_files_is_named(folder, tmp_path):
+    place = _indexed(folder, tmp_path)
+    for path in (place / "tokenizer").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="has no files in tokenizer/; complete it"):
+        load_teacher(str(place))
 
 
 @pytest.mark.parametrize(

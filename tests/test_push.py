@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from stepdistill import push as pushing
 from stepdistill.__main__ import main
 from stepdistill.report import PLACE
+from stepdistill.sources import locate
 from stepdistill.student import recipe
 
 SMALL = ["training.batch_size=4", "training.preview_samples=4", "training.trackers=[]", "evaluate=null", "steps=2"]
@@ -118,3 +119,10 @@ def test_an_export_writes_the_student_of_the_newest_checkpoint_again(finished):
     assert command("export", finished) == 0
     after = load_file(weights)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_card_of_adapters_for_a_bundled_teacher_keeps_no_path_of_this_machine(tmp_path):
+    card = tmp_path / "README.md"
+    place = locate("builtin:digits_text").as_posix()
+    card.write_text(f'from_pretrained("{place}")\n\n## Recipe\n\n```yaml\nteacher: builtin:digits_text\n```\n')
+    assert 'from_pretrained("digits_text_teacher")' in pushing._public(card)

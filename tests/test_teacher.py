@@ -17,6 +17,8 @@ from stepdistill.__main__ import main
 from stepdistill.config import Data
 from stepdistill.data import data_free, repeated
 from stepdistill.errors import UserError
+from stepdistill.hosting import plan
+from stepdistill.methods import SiD
 from stepdistill.parts import check_files, check_whole
 from stepdistill.process import VE, VP, Flow
 from stepdistill.samplers import SampleNoise, sample_ode
@@ -184,6 +186,8 @@ def test_dtype_of_noise_and_shape_follow_the_teacher(tmp_path):
     batch = data_free(teacher, Data(), torch.device("cpu")).batch(2)
     assert batch.noise.shape == (2, 3, 8, 16)
     assert batch.noise.dtype == torch.float32
+    with pytest.raises(UserError, match=r"sample_size=\[8, 16\]; ConsistencyModelPipeline takes one number"):
+        plan(teacher.denoiser, SiD().sampler(teacher.denoiser.process), classes=None)
 
 
 def test_a_component_that_the_folder_lacks_is_named_before_anything_is_trained(tmp_path):

@@ -25,6 +25,6 @@ DIT = Family(
     output="proj_out_2",
     bottleneck=last_norm,
     classes=lambda config: config["num_embeds_ada_norm"],
-    null_label=1000,  # DiTPipeline's
+    null_label=lambda config: config["num_embeds_ada_norm"],  # 1000 in DiTPipeline
     arguments={"guidance_scale": 1.0},
 )

@@ -53,7 +53,7 @@ class Family:
     """Noise of a later step, ``(B, C, H, W)``, put into the order in which the stock pipeline draws it."""
     classes: Callable[[Config], int | None] = lambda config: None
     """Number of class labels."""
-    null_label: int | None = None
+    null_label: Callable[[Config], int | None] = lambda config: None
     """The label that means "no class", where the family fixes it."""
     bottleneck: Callable[[nn.Module], nn.Module] | None = None
     """Finds the layer by whose output ``(B, N, ...)``, averaged over N, the network judges in an adversarial term."""
