@@ -165,6 +165,26 @@ def check_conditions(teacher: Teacher, data: Data) -> list[str] | None:
     return read_prompts(data.prompts)
 
 
+def check_guided(data: Data, scales: Sequence[float | Tensor | None]) -> None:
+    """Refuse what only guidance reads where neither the teacher nor a network of ``scales`` is guided.
+
+    Raises:
+        UserError: as said.
+    """
+    unread = [
+        f"data.{name}"
+        for name, told in (
+            ("negative_prompt", data.negative_prompt is not None),
+            ("guidance_interval", data.guidance_interval != (0.0, 1.0)),
+        )
+        if told
+    ]
+    if unread and data.scales is None and all(scale == 1 for scale in (data.scale, *scales)):
+        raise UserError(
+            f"{' and '.join(unread)} is for guidance, and every scale here is 1; set data.guidance_scale, or remove it"
+        )
+
+
 def real_images(teacher: Teacher, real_data: RealData) -> Tensor:
     """The images of ``real_data``, ``(N, C, H, W)`` in [-1, 1], as pictures; ``Decoder.encode`` makes samples of them.
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import LoggerType, str_to_bool
 
 from .config import SHARED, Config, Evaluate, Stage, Training
-from .data import DataFree, check_conditions, check_images
+from .data import DataFree, check_conditions, check_guided, check_images
 from .denoiser import Denoiser
 from .errors import UserError, first_line
 from .hosting import Plan, plan
@@ -54,6 +54,7 @@ def checked(config: Config, teacher: Teacher) -> tuple[list[StudentSampler], Pla
     )
     check_evaluation(config.evaluate, teacher, prompts)
     check_images(stages, config.real_data, teacher)
+    check_guided(config.data, [scale for stage in stages for scale in stage.method.fake_scales(guided)])
     return samplers, hosted
 
 

@@ -173,6 +173,14 @@ def test_conditions_that_a_teacher_does_not_take_are_refused(source, data, messa
         ({"real_data": {"images": "builtin:digits"}}, "real_data"),
         ({"evaluate": {"reference": "builtin:digits", "samples": 20, "teacher_steps": [2000]}}, "at most the 1000"),
         ({"training": {"lora": {"student": {"targets": ["to_nothing"]}}}}, "to_nothing matches no layer"),
+        ({"data": {"prompts": ["a"], "negative_prompt": "rain"}}, r"negative_prompt is for guidance, and every scale"),
+        (
+            {
+                "data": {"prompts": ["a"], "guidance_interval": [0.2, 0.8]},
+                "method": {"name": "tbcm", "start_ratio": 5.0, "input": "unit", "jvp": "finite"},
+            },
+            r"guidance_interval is for guidance, and every scale here is 1; set data\.guidance_scale",
+        ),
     ],
 )
 def test_recipes_that_cannot_work_are_refused_before_anything_is_written(changes, message, teacher, folder, tmp_path):

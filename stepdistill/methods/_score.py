@@ -76,7 +76,6 @@ class ScoreDistillation(Method):
             raise ValueError(f"uncond_share must lie in [0, 1], got {self.uncond_share}")
 
     def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor | None, ...]:
-        """Every guidance scale that the fake network is called with beside ``teacher``."""
         return (self.fake_guidance,)
 
     @property

@@ -121,6 +121,10 @@ class Method(ABC):
         """The setting that spares the student forward-mode derivatives; ``None`` where it takes none."""
         return None
 
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor | None, ...]:
+        """Every guidance scale that another network than ``teacher`` is called with beside it."""
+        return ()
+
     @property
     def least_steps(self) -> int:
         """Steps that a run needs for every phase of the method to take place."""

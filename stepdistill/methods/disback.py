@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from ..denoiser import Denoiser
 from ..process import NoiseProcess
 from ..samplers import StudentSampler
@@ -68,6 +70,9 @@ class DisBack(Method):
     @property
     def judges_conditions(self) -> bool:
         return self.method.judges_conditions
+
+    def fake_scales(self, teacher: Denoiser) -> tuple[float | Tensor | None, ...]:
+        return self.method.fake_scales(teacher)
 
     def typical(self, step: int) -> tuple[int, ...]:
         return self.method.typical(step)
