@@ -51,7 +51,7 @@ def _traced(
 def student_alone(asked: Sampling, device: torch.device) -> Traced:
     """A student by its sampler: one whose calls are to be seen, or adapters on the teacher's weights."""
     source, told = asked.source, described(asked.source)
-    call, _ = told.call, calls_of(source, told.sampler, asked.steps)
+    call, _ = told.call, calls_of(source, len(told.sampler.times), asked.steps)
     if is_adapters(source):
         host, told = teacher_of(source, asked.teacher, call.get("height"))
     else:
@@ -66,7 +66,7 @@ def student_alone(asked: Sampling, device: torch.device) -> Traced:
 def plain_student(asked: Sampling, device: torch.device) -> Traced:
     """A student of a plain network, by its sampler."""
     student, decode = rebuilt(asked.source, trust_remote_code=asked.trust_remote_code)
-    calls_of(asked.source, student.sampler, asked.steps)
+    calls_of(asked.source, len(student.sampler.times), asked.steps)
     network = student.denoiser.network.to(device)
     data = class_draws(asked, student.shape, student.classes, device)
     return _traced(asked, data, decode, partial(student.sampler.trace, student.denoiser), network)
@@ -134,10 +134,10 @@ def asked_labels(asked: Sampling, classes: int | None, null_label: int | None = 
         classes: of the network; ``None`` is one without.
         null_label: what means "no class" in its family.
     """
-    told: dict[str, Any] = {} if classes is None else {"class_labels": "uniform"}
-    told |= {key: data_of(asked)[key] for key in ("class_labels", "null_label") if data_of(asked).get(key) is not None}
-    told |= {} if asked.labels is None else {"class_labels": asked.labels}
-    return class_labels(asked.source, classes, Data(**told), null_label)
+    recorded = data_of(asked)
+    labels = asked.labels or recorded.get("class_labels") or (None if classes is None else "uniform")
+    told = Data(class_labels=labels, null_label=recorded.get("null_label"))
+    return class_labels(asked.source, classes, told, null_label)
 
 
 def _conditions(asked: Sampling, host: Teacher, told: Data, device: torch.device) -> DataFree:

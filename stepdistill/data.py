@@ -171,14 +171,8 @@ def check_guided(data: Data, scales: Sequence[float | Tensor | None]) -> None:
     Raises:
         UserError: as said.
     """
-    unread = [
-        f"data.{name}"
-        for name, told in (
-            ("negative_prompt", data.negative_prompt is not None),
-            ("guidance_interval", data.guidance_interval != (0.0, 1.0)),
-        )
-        if told
-    ]
+    usual = {"negative_prompt": None, "guidance_interval": (0.0, 1.0)}
+    unread = [f"data.{name}" for name, value in usual.items() if vars(data)[name] != value]
     if unread and data.scales is None and all(scale == 1 for scale in (data.scale, *scales)):
         raise UserError(
             f"{' and '.join(unread)} is for guidance, and every scale here is 1; set data.guidance_scale, or remove it"

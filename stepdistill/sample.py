@@ -173,4 +173,4 @@ def _calls(asked: Sampling, told: Description, pipeline: Any) -> int:  # noqa: A
             return len(told.sampler.in_steps(asked.steps).times)
         except ValueError as error:
             raise UserError(f"--steps: {error}") from None
-    return calls_of(asked.source, told.sampler, asked.steps, None if told.sole else pipeline.scheduler)
+    return calls_of(asked.source, len(told.sampler.times), asked.steps, None if told.sole else pipeline.scheduler)

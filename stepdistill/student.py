@@ -79,19 +79,12 @@ def exported(source: str, device: torch.device, *, trust_remote_code: bool = Fal
     return pipeline, told
 
 
-def calls_of(source: str, sampler: StudentSampler, steps: int | None, scheduler: Any = None) -> int:  # noqa: ANN401
-    """Calls of a sample: those of ``sampler``, or ``steps`` where it has several and ``scheduler`` takes that.
-
-    Args:
-        source: of the student.
-        sampler: its own.
-        steps: what was asked for.
-        scheduler: that runs it, where a stock one does.
+def calls_of(source: str, own: int, steps: int | None, scheduler: Any = None) -> int:  # noqa: ANN401
+    """Calls of a sample: ``own`` of the student, or ``steps`` where several are its own and ``scheduler`` takes it.
 
     Raises:
         UserError: it makes samples in no such number.
     """
-    own = len(sampler.times)
     if steps in (None, own):
         return own
     reason = "it has learned no other number"
