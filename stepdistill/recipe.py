@@ -84,7 +84,10 @@ def _explain(kind: type[Section], error: ValidationError) -> list[str]:
             lines.append(f"{location}: missing")
         else:
             message = item["msg"].removeprefix("Value error, ").replace("Input should be ", "must be ")
-            lines.append(f"{location}: {message}, got {item['input']!r}")
+            got = (
+                "" if item["type"] == "value_error" and isinstance(item["input"], dict) else f", got {item['input']!r}"
+            )
+            lines.append(f"{location}: {message}{got}")  # what is wrong with a section as a whole says what
     return lines
 
 

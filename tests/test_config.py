@@ -31,6 +31,11 @@ def test_every_error_is_reported_at_once_with_suggestions():
     assert "stpes: unexpected key, got 3; did you mean steps?" in message
 
 
+def test_what_is_wrong_with_a_section_is_said_without_all_of_it():
+    with pytest.raises(UserError, match=r"evaluate: best is chosen on the way; set every_images$"):
+        parse(Config, "digits_sid", ["evaluate.best=fid", "evaluate.every_images=0"])
+
+
 def test_adapters_on_no_layer_are_none():
     with pytest.raises(UserError, match=r"training\.lora\.fake\.targets: .*at least 1 item"):
         parse(Config, "digits_sid", ["training.lora.fake={rank: 2, targets: []}"])
