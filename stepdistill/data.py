@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ _LAW = 10_000
 """Entries that a law of labels is written as."""
 
 
+class Scales(NamedTuple):
+    """A range of guidance scales."""
+
+    keyword: str
+    """What a scale is called among the conditions."""
+    low: float
+    high: float
+    shown: float
+    """In previews and evaluation."""
+
+
 @dataclass(frozen=True, eq=False)
 class DataFree:
     """Draws batches for one teacher; randomness is the global generators, seeded once per run."""
@@ -39,10 +50,8 @@ class DataFree:
     """The encoded negative prompt, of one row."""
     prompts: tuple[str, ...] = ()
     """The prompt of every row."""
-    scales: tuple[str, float, float] | None = None
-    """Keyword and range of the guidance scale that every sample draws, where there is a range."""
-    shown_scale: float = 1.0
-    """The one of that range in previews and evaluation."""
+    scales: Scales | None = None
+    """The range of guidance scales that samples draw from, where there is one."""
     turns: Turns = in_turn
     """Which conditions samples have in previews and evaluation."""
     images: Tensor | None = None
@@ -53,7 +62,7 @@ class DataFree:
         noise = torch.randn(size, *self.shape, device=self.device)
         cond = self._told(self._ordered(torch.randint(self.count, (size,)))) if self.table else NO_COND
         if self.scales is not None:
-            keyword, low, high = self.scales
+            keyword, low, high, _ = self.scales
             cond = {**cond, keyword: low + (high - low) * torch.rand(size, device=self.device)}
         return Batch(noise, cond, self._real(size))
 
@@ -96,7 +105,7 @@ class DataFree:
         cond = self._told(self.rows(ids)) if self.table else NO_COND
         if self.scales is None:
             return cond
-        return {**cond, self.scales[0]: torch.full((len(ids),), self.shown_scale, device=self.device)}
+        return {**cond, self.scales.keyword: torch.full((len(ids),), self.scales.shown, device=self.device)}
 
     def _ordered(self, picks: Tensor) -> Tensor:
         return picks if self.order is None else self.order[picks]
@@ -114,7 +123,7 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
     prompts, scales = check_conditions(teacher, data), scales_drawn(teacher, data)
     if prompts is None:
         labels = class_labels(teacher.source, teacher.classes, data, teacher.null_label)
-        return replace(draws(teacher.sample_shape, labels, device), scales=scales, shown_scale=data.scale)
+        return replace(draws(teacher.sample_shape, labels, device), scales=scales)
     distinct = list(dict.fromkeys(prompts))
     place = {prompt: row for row, prompt in enumerate(distinct)}
     table, null = encode(teacher, distinct, data.negative_prompt, device=device)
@@ -128,7 +137,6 @@ def data_free(teacher: Teacher, data: Data, device: torch.device) -> DataFree:
         null=_moved(null, device),
         prompts=tuple(distinct),
         scales=scales,
-        shown_scale=data.scale,
     )
 
 
@@ -140,9 +148,9 @@ def _moved(cond: Cond, device: torch.device) -> Cond:
     return {key: value.float() if value.is_floating_point() else value for key, value in moved.items()}
 
 
-def scales_drawn(teacher: Teacher, data: Data) -> tuple[str, float, float] | None:
-    """Under which keyword, and from which range, every sample draws its guidance scale."""
-    return data.scales and ("guidance" if teacher.embeds_guidance else "guidance_scale", *data.scales)
+def scales_drawn(teacher: Teacher, data: Data) -> Scales | None:
+    """From which range every sample draws its guidance scale, where there is one."""
+    return data.scales and Scales("guidance" if teacher.embeds_guidance else "guidance_scale", *data.scales, data.scale)
 
 
 def check_conditions(teacher: Teacher, data: Data) -> list[str] | None:

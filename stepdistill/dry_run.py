@@ -213,7 +213,7 @@ class Step:
         trainer = self.trainer
         for role, loss, update in self.stage.method.turns(self.at):
             for _ in range(self.rounds):
-                batch = trainer.batches(trainer.training.batch_size)._replace(memory=trainer.memory)
+                batch = replace(trainer.batches(trainer.training.batch_size), memory=trainer.memory)
                 loss(trainer.nets[role], batch).value.backward()
             if update:
                 trainer.learners[role].zero_grad()

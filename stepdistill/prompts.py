@@ -54,8 +54,8 @@ def read_prompts(source: str | Sequence[str] | Column) -> list[str]:
     if source == f"{BUILTIN}digits_text":
         return list(CAPTIONS)
     if isinstance(source, Column):
-        read, name = _column(source), f"column {source.column} of {source.dataset}"
-        prompts = _filled(read, name, "rows")
+        name = f"column {source.column} of {source.dataset}"
+        prompts = _filled(_column(source), name, "rows")
     elif not isinstance(source, str):
         prompts, name = list(source), "data.prompts"
     else:

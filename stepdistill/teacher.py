@@ -43,6 +43,8 @@ class Teacher:
     """Pixels of a picture per pixel of a sample, along each side."""
     classes: int | None
     """Number of class labels; ``None`` for a network without."""
+    null_label: int | None = None
+    """The label that means "no class", where the family fixes it."""
     embeds_guidance: bool = False
     """Whether the network is told a guidance scale, instead of being called twice."""
     parts_dtype: Precision = "float32"
@@ -60,11 +62,6 @@ class Teacher:
         """In words; networks that differ in this cannot take one another's weights."""
         count, shape = sum(value.numel() for value in self.network.parameters()), "x".join(map(str, self.sample_shape))
         return f"{type(self.network).__name__} of {count:,} parameters for samples of {shape}"
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that means "no class", where the family fixes it."""
-        return None if self.family is PLAIN else self.family.null_label(self.network.config)
 
     @property
     def picture_size(self) -> int:
@@ -160,6 +157,7 @@ def load_teacher(
         sample_shape=shape,
         scale=scale,
         classes=family.classes(config),
+        null_label=family.null_label(config),
         embeds_guidance=family.embeds_guidance(config),
         parts_dtype=parts_dtype,
     )

@@ -132,7 +132,7 @@ class Trainer:
             for k in range(rounds):
                 with self._synchronised(role, last=update and k == rounds - 1):
                     with self.accelerator.autocast():
-                        batch = self.batches(self.training.batch_size)._replace(memory=self.memory)
+                        batch = replace(self.batches(self.training.batch_size), memory=self.memory)
                         value, watched = loss(self.nets[role], batch)
                     self.accelerator.backward(value / rounds)
                 for key, scalar in watched.items():

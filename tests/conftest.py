@@ -26,7 +26,6 @@ from elsewhere import Elsewhere
 from families import build
 
 from stepdistill import outcome, prompts
-from stepdistill.methods.base import Batch
 from stepdistill.teacher import Teacher
 
 logging.disable_progress_bar()
@@ -46,12 +45,6 @@ def small_pictures():
         patch.setattr(Teacher, "picture_steps", 2)
         patch.setattr(outcome, "_SHOWN", 4)
         yield
-
-
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    """Batches that are told no memory share one: what a method kept there for one test is not another's."""
-    Batch._field_defaults["memory"].clear()
 
 
 def tiny_unet(*, seed: int = 0, **options) -> UNet2DModel:

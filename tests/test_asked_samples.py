@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from families import BUILD, build
 
-from stepdistill import prompts
 from stepdistill.__main__ import main
 from stepdistill.config import Config
 from stepdistill.distill import distill, export_run
@@ -17,11 +16,7 @@ from stepdistill.sample import tracing
 from stepdistill.sampling import Sampling
 from stepdistill.teacher import load_teacher
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Encoded prompts go to a folder of their own."""
-    monkeypatch.setattr(prompts, "CACHE", tmp_path / "prompts")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def student(teacher: Path, run: Path, method: dict[str, Any], **sections: Any) -> Path:

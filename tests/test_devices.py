@@ -38,7 +38,7 @@ def losses(kind, elsewhere=None, *, told=True):
     learners: dict[str, nn.Module] = {role: tiny_unet(num_class_embeds=3) for role in ("student", *method.roles)}
     if method.two_times:
         learners["student"] = Conditioned(learners["student"])
-    batches, accelerator = (lambda count: Batch(torch.randn(count, 1, 8, 8), classes, memory={})), Accelerator(cpu=True)
+    batches, accelerator = (lambda count: Batch(torch.randn(count, 1, 8, 8), classes)), Accelerator(cpu=True)
     training = Training(batch_size=4)
     trainer = Trainer(method, teacher, learners, training, steps=10, batches=batches, accelerator=accelerator)
     return [loss(trainer.nets[role], batches(4)).value for role, loss, _ in method.turns(method.least_steps)]

@@ -40,11 +40,12 @@ def learn(method: Method, nets: dict[str, Denoiser], steps: int, batch: int, dim
     """The algorithm box of ``method`` by hand: Adam at a rate that falls to zero as a cosine."""
     learners = ("student", *method.roles)
     adam = {role: torch.optim.Adam(nets[role].network.parameters(), lr=rate, betas=(0.0, 0.999)) for role in learners}
+    memory: dict[str, torch.Tensor] = {}
     for step in range(steps):
         for role, loss, _ in method.turns(step):
             adam[role].param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             adam[role].zero_grad()
-            loss(nets, Batch(torch.randn(batch, dim))).value.backward()
+            loss(nets, Batch(torch.randn(batch, dim), memory=memory)).value.backward()
             adam[role].step()
 
 

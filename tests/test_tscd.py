@@ -265,12 +265,12 @@ def test_a_saved_and_reloaded_memory_gives_the_same_next_losses(tmp_path):
     nets, memory = {role: replace(net, call=shifted) for role, net in nets.items()}, {}
     batches = [Batch(draw(12, LINE), cond) for _ in range(12)]
     for batch in batches[:4]:
-        method.student_loss(nets, batch._replace(memory=memory), 2)
+        method.student_loss(nets, replace(batch, memory=memory), 2)
     assert set(memory) == {"tscd_x", "tscd_k", "tscd_cond_shift"}
     save_file(memory, tmp_path / "memory.safetensors")
     again = load_file(tmp_path / "memory.safetensors")
     for batch in batches[4:]:
-        values = [method.student_loss(nets, batch._replace(memory=kept), 2).value for kept in (memory, again)]
+        values = [method.student_loss(nets, replace(batch, memory=kept), 2).value for kept in (memory, again)]
         assert values[0] == values[1] > 0
 
 
@@ -306,7 +306,7 @@ def test_a_score_distillation_adds_its_own_gradient_per_pixel_in_the_last_stage(
         "score": alone.student_loss,
     }.items():
         torch.manual_seed(1)
-        value = loss(nets, batch._replace(memory={})).value
+        value = loss(nets, replace(batch, memory={})).value
         found[name] = value, torch.autograd.grad(value, list(nets["student"].network.parameters()))
     torch.testing.assert_close(found["both"][0], found["jumps"][0] + 3 * found["score"][0])
     for both, jumps, scored in zip(*(found[name][1] for name in ("both", "jumps", "score")), strict=True):

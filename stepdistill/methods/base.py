@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..conditions import NO_COND, Cond
+from ..conditions import Cond
 from ..denoiser import Denoiser, Target
 from ..process import NoiseProcess
 from ..samplers import StudentSampler
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """One data-free batch: noise and conditions; no image unless the run has a ``real_data`` section."""
 
     noise: Tensor
     """``(B, C, H, W)``, standard normal."""
-    cond: Cond = NO_COND
+    cond: Cond = field(default_factory=dict)
     real: Tensor | None = None
     """``(B, C, H, W)`` in [-1, 1]: real images, for a method's adversarial term alone (``Method.takes_images``)."""
-    memory: dict[str, Tensor] = {}  # noqa: RUF012
+    memory: dict[str, Tensor] = field(default_factory=dict)
     """What the method itself keeps from step to step; empty at first, part of every checkpoint."""
 
 
