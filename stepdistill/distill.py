@@ -28,10 +28,10 @@ from .data import data_free, real_images
 from .decoder import Decoder
 from .errors import Diverged, UserError
 from .export import single_time
-from .learners import networks, tune
+from .learners import check_machine, networks, tune
 from .lora import merged
 from .outcome import Outcome
-from .preflight import check_derivatives, check_launch, check_output, check_teacher_device, check_trackers, checked
+from .preflight import check_derivatives, check_launch, check_output, check_trackers, checked
 from .quantization import quantized
 from .recipe import parse
 from .report import read_history
@@ -93,7 +93,7 @@ class Run:
             # The other processes wait while the main one exports.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
-        check_teacher_device(config.training.teacher_device, self.accelerator.num_processes)
+        check_machine(self.stages, self.accelerator)
         set_seed(config.seed, device_specific=True)
         with self.accelerator.main_process_first():  # the others read the prompts that it has encoded
             self.data = data_free(self.teacher, config.data, self.accelerator.device)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pkgutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -141,9 +143,54 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         check_quantized(network, training.quantize_teacher)
 
 
+def check_machine(stages: Sequence[Stage], accelerator: Accelerator) -> None:
+    """Refuse devices, attention and compilers that this machine lacks, each tried on a few numbers.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    for training in (cast(Training, stage.training) for stage in stages):
+        elsewhere, backend = training.teacher_device, training.attention
+        if elsewhere and accelerator.num_processes > 1:
+            raise UserError(
+                "training.teacher_device is for a run of one process; remove it, as every process has a teacher"
+            )
+        if elsewhere:
+            _try("teacher_device", elsewhere, partial(torch.empty, 1, device=elsewhere))
+        if backend:
+            dtype = half or getattr(torch, training.teacher_dtype)
+            _try("attention", backend, partial(_attend, backend, accelerator.device, dtype))
+        for compiler in _compilers(training):
+            _try("compile", compiler, partial(_compile, compiler, accelerator.device))
+
+
+def _try(key: str, value: str, work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)  # torch.compile wraps it
+        raise UserError(f"training.{key}={value} does not work on this machine: {first_line(cause)}") from None
+
+
+def _attend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    rows = torch.ones(1, 8, 1, 64, device=device, dtype=dtype, requires_grad=True)
+    dispatch_attention_fn(rows, rows, rows, backend=AttentionBackendName(backend)).sum().backward()
+
+
+def _compile(backend: str, device: torch.device) -> None:
+    numbers = torch.ones(2, device=device, requires_grad=True)
+    torch.compile(torch.square, backend=backend)(numbers).sum().backward()
+
+
+def _compilers(training: Training) -> set[str]:
+    asked = training.compile or {}
+    return set(asked.values()) if isinstance(asked, dict) else {asked}
+
+
 def _check_backends(training: Training) -> None:
-    asked, known = training.compile or {}, torch._dynamo.list_backends(())
-    for backend in asked.values() if isinstance(asked, dict) else [asked]:
+    known = torch._dynamo.list_backends(())
+    for backend in _compilers(training):
         if backend not in known:
             raise UserError(f"training.compile: no backend {backend!r}; there are {', '.join(known)}")
 

@@ -1,6 +1,7 @@
 """A teacher on a device of its own, on tensors that know their device and have no numbers."""
 
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stepdistill.__main__ import main
 from stepdistill.backbones import unet2d
 from stepdistill.backbones.conditioned import Conditioned
-from stepdistill.config import Training
+from stepdistill.config import Stage, Training
 from stepdistill.denoiser import Denoiser, Guidance
 from stepdistill.errors import UserError
-from stepdistill.methods import TBCM, AnyMethod, Batch
-from stepdistill.preflight import check_teacher_device
+from stepdistill.learners import check_machine
+from stepdistill.methods import TBCM, AnyMethod, Batch, SiD
 from stepdistill.process import VP
 from stepdistill.trainer import Trainer
 
@@ -58,8 +59,8 @@ def test_every_method_learns_from_a_teacher_on_another_device(kind, monkeypatch)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["training.teacher_device=cuda:99"], "training.teacher_device=cuda:99: "),
-        (["training.teacher_device=gpu"], "training.teacher_device=gpu: "),
+        (["training.teacher_device=cuda:99"], "training.teacher_device=cuda:99 does not work on this machine: "),
+        (["training.teacher_device=gpu"], "training.teacher_device=gpu does not work on this machine: "),
         (["training.teacher_device=cpu", "training.offload_teacher=true"], "remove it, or training.offload_teacher"),
         (["training.teacher_device=cpu", "training.lora.fake={}"], "adapters rest on it: remove training.lora of fake"),
     ],
@@ -74,5 +75,27 @@ def test_a_device_that_cannot_be_the_teachers_is_refused(settings, message, teac
 
 def test_processes_have_a_teacher_each():
     with pytest.raises(UserError, match="a run of one process"):
-        check_teacher_device("cpu", 2)
-    check_teacher_device("cpu", 1)
+        machine(2, teacher_device="cpu")
+    machine(1, teacher_device="cpu")
+
+
+def machine(processes=1, **settings):
+    """What ``check_machine`` says to one stage on the CPU."""
+    stage = Stage(method=SiD(), steps=1, training=Training(**settings))
+    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", num_processes=processes)
+    check_machine([stage], accelerator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "flex"}, "training.attention=flex does not work on this machine: FlexAttention"),
+        ({"attention": "_native_cudnn"}, "training.attention=_native_cudnn does not work on this machine: No viable"),
+        ({"compile": "openxla"}, "training.compile=openxla does not work on this machine: .*torch_xla"),
+        ({"compile": {"fake": "openxla"}}, "training.compile=openxla does not work on this machine: .*torch_xla"),
+    ],
+)
+def test_attention_and_compilers_that_cannot_run_here_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        machine(**settings)
+    machine(attention="_native_math", compile={"teacher": "eager"})
