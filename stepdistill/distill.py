@@ -93,7 +93,7 @@ class Run:
             # The other processes wait while the main one exports.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
-        check_machine(self.stages, self.accelerator)
+        check_machine(self.stages, self.accelerator.device, self.accelerator.num_processes)
         set_seed(config.seed, device_specific=True)
         with self.accelerator.main_process_first():  # the others read the prompts that it has encoded
             self.data = data_free(self.teacher, config.data, self.accelerator.device)

@@ -10,7 +10,6 @@ from inspect import signature
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
@@ -143,33 +142,33 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         check_quantized(network, training.quantize_teacher)
 
 
-def check_machine(stages: Sequence[Stage], accelerator: Accelerator) -> None:
+def check_machine(stages: Sequence[Stage], device: torch.device, processes: int) -> None:
     """Refuse devices, attention and compilers that this machine lacks, each tried on a few numbers.
 
     Raises:
         UserError: naming the setting.
     """
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     for training in (cast(Training, stage.training) for stage in stages):
         elsewhere, backend = training.teacher_device, training.attention
-        if elsewhere and accelerator.num_processes > 1:
+        if elsewhere and processes > 1:
             raise UserError(
                 "training.teacher_device is for a run of one process; remove it, as every process has a teacher"
             )
         if elsewhere:
             _try("teacher_device", elsewhere, partial(torch.empty, 1, device=elsewhere))
         if backend:
+            half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision)
             dtype = half or getattr(torch, training.teacher_dtype)
-            _try("attention", backend, partial(_attend, backend, accelerator.device, dtype))
+            _try("attention", backend, partial(_attend, backend, device, dtype))
         for compiler in _compilers(training):
-            _try("compile", compiler, partial(_compile, compiler, accelerator.device))
+            _try("compile", compiler, partial(_compile, compiler, device))
 
 
 def _try(key: str, value: str, work: Callable[[], object]) -> None:
     try:
         work()
     except Exception as error:
-        cause = getattr(error, "inner_exception", error)  # torch.compile wraps it
+        cause = vars(error).get("inner_exception", error)  # torch.compile wraps it
         raise UserError(f"training.{key}={value} does not work on this machine: {first_line(cause)}") from None
 
 

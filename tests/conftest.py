@@ -4,6 +4,7 @@ import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, which would spin for each other
 
 from pathlib import Path
 from typing import Any

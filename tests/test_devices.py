@@ -1,7 +1,6 @@
 """A teacher on a device of its own, on tensors that know their device and have no numbers."""
 
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -82,8 +81,7 @@ def test_processes_have_a_teacher_each():
 def machine(processes=1, **settings):
     """What ``check_machine`` says to one stage on the CPU."""
     stage = Stage(method=SiD(), steps=1, training=Training(**settings))
-    accelerator: Any = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", num_processes=processes)
-    check_machine([stage], accelerator)
+    check_machine([stage], torch.device("cpu"), processes)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,17 @@ def test_a_one_step_student_draws_what_it_is_asked_nearly_as_often_as_its_teache
     assert student["metrics"]["fid"]["value"] <= 2 * teacher["metrics"]["fid"]["value"]
 
 
+@pytest.mark.slow
+def test_four_steps_come_nearer_than_one(tmp_path):
+    (teacher, one), (_, four) = (
+        reached(recipe, tmp_path / recipe, "evaluate.teacher_steps=[50]", "evaluate.samples=1200")
+        for recipe in ("digits_text_sid", "digits_text_sid_few_step")
+    )
+    assert (one["network_calls"], four["network_calls"]) == (1, 4)
+    assert four["metrics"]["fid"]["value"] < one["metrics"]["fid"]["value"]
+    assert four["prompt_accuracy"] >= 0.9 * teacher["prompt_accuracy"]
+
+
 LEARNED = {
     "guided away from a negative prompt": ("digits_text_sid", GUIDED),
     "zero-cfg": ("digits_text_sid", ZERO),
