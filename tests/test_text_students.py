@@ -143,7 +143,7 @@ def test_a_one_step_student_draws_what_it_is_asked_nearly_as_often_as_its_teache
 def test_four_steps_come_nearer_than_one(tmp_path):
     (teacher, one), (_, four) = (
         reached(recipe, tmp_path / recipe, "evaluate.teacher_steps=[50]", "evaluate.samples=1200")
-        for recipe in ("digits_text_sid", "digits_text_sid_few_step")
+        for recipe in ("digits_text_sid", "digits_text_dmd_few_step")
     )
     assert (one["network_calls"], four["network_calls"]) == (1, 4)
     assert four["metrics"]["fid"]["value"] < one["metrics"]["fid"]["value"]
