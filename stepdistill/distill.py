@@ -31,7 +31,7 @@ from .export import single_time
 from .learners import check_machine, networks, tune
 from .lora import merged
 from .outcome import Outcome
-from .preflight import check_derivatives, check_launch, check_output, check_trackers, checked
+from .preflight import check_derivatives, check_launch, check_output, check_teacher_device, check_trackers, checked
 from .quantization import quantized
 from .recipe import parse
 from .report import read_history
@@ -51,10 +51,9 @@ def distill(config: Config) -> Path:
     check_launch()
     check_output(config.output_dir, resume=config.resume)
     run = Run(config)
-    if config.resume:
-        run.resume()
-    else:
-        run.begin()
+    check_machine(run.stages, run.accelerator.device)
+    start = run.resume if config.resume else run.begin
+    start()
     run.train()
     return run.finish()
 
@@ -93,7 +92,7 @@ class Run:
             # The other processes wait while the main one exports.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
         )
-        check_machine(self.stages, self.accelerator.device, self.accelerator.num_processes)
+        check_teacher_device(config.training.teacher_device, self.accelerator.num_processes)
         set_seed(config.seed, device_specific=True)
         with self.accelerator.main_process_first():  # the others read the prompts that it has encoded
             self.data = data_free(self.teacher, config.data, self.accelerator.device)

@@ -23,7 +23,7 @@ from .conditions import Cond
 from .config import Config, Evaluate, Stage, Training
 from .counting import fused_attention, measured
 from .data import DataFree, class_labels, draws, real_images, scales_drawn
-from .learners import learning, networks, tune
+from .learners import half_precision, learning, networks, tune
 from .preflight import check_derivatives, check_trackers, checked
 from .prompts import CACHE, read_prompts, row_bytes
 from .quantization import quantized
@@ -184,8 +184,7 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
     frozen = {role: trainer.frozen[role].network for role in ("teacher", *stage.method.frozen_roles)}
     roles = {role: role_of(network, role, training) for role, network in {**frozen, **made}.items()}
     roles["teacher"] = replace(roles["teacher"], weights=sum(p.numel() for p in teacher.network.parameters()))
-    if training.mixed_precision != "no":
-        half = torch.bfloat16 if training.mixed_precision == "bf16" else torch.float16
+    if half := half_precision(training):
         for network in (*made.values(), *(net.network for net in trainer.frozen.values())):
             nn.Module.to(network, half)
             for layer in network.modules():
@@ -197,7 +196,7 @@ def rehearse(stage: Stage, config: Config) -> Rehearsal:
         if trainer.memory:  # made once, by the first step
             found = [measured(step, step.everything(), META) for step in steps]
     peak, flops = max(peak for peak, _ in found), sum(flops for _, flops in found) / len(found)
-    if training.mixed_precision != "no":  # weights in half precision, and gradients that are not
+    if half:  # weights in half precision, and gradients that are not
         peak += 4 * max(role.learning for role in roles.values())
     return Rehearsal(roles, peak, round(flops * training.gradient_accumulation / steps[0].rounds))
 

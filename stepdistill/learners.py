@@ -142,24 +142,21 @@ def check_learners(network: nn.Module, training: Training, *, conditioned: bool)
         check_quantized(network, training.quantize_teacher)
 
 
-def check_machine(stages: Sequence[Stage], device: torch.device, processes: int) -> None:
-    """Refuse devices, attention and compilers that this machine lacks, each tried on a few numbers.
+def half_precision(training: Training) -> torch.dtype | None:
+    """What autocast computes in, where it is asked for."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision)
+
+
+def check_machine(stages: Sequence[Stage], device: torch.device) -> None:
+    """Refuse attention and compilers that this machine cannot train with, each tried on a few numbers.
 
     Raises:
         UserError: naming the setting.
     """
     for training in (cast(Training, stage.training) for stage in stages):
-        elsewhere, backend = training.teacher_device, training.attention
-        if elsewhere and processes > 1:
-            raise UserError(
-                "training.teacher_device is for a run of one process; remove it, as every process has a teacher"
-            )
-        if elsewhere:
-            _try("teacher_device", elsewhere, partial(torch.empty, 1, device=elsewhere))
-        if backend:
-            half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(training.mixed_precision)
-            dtype = half or getattr(torch, training.teacher_dtype)
-            _try("attention", backend, partial(_attend, backend, device, dtype))
+        if training.attention:
+            dtype = half_precision(training) or getattr(torch, training.teacher_dtype)
+            _try("attention", training.attention, partial(_attend, training.attention, device, dtype))
         for compiler in _compilers(training):
             _try("compile", compiler, partial(_compile, compiler, device))
 

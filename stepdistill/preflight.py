@@ -91,6 +91,24 @@ def check_output(folder: Path, *, resume: bool) -> None:
         raise UserError(f"nothing to resume: output_dir {folder} is empty or does not exist")
 
 
+def check_teacher_device(name: str | None, processes: int) -> None:
+    """Refuse a device that this machine lacks, and one teacher's device for several processes.
+
+    Raises:
+        UserError: as said.
+    """
+    if name is None:
+        return
+    if processes > 1:
+        raise UserError(
+            "training.teacher_device is for a run of one process; remove it, as every process has a teacher"
+        )
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"training.teacher_device={name}: {first_line(error)}") from None
+
+
 def check_trackers(names: tuple[str, ...]) -> None:
     """Refuse trackers that accelerate does not know or that are not installed.
 
